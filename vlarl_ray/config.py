@@ -1,0 +1,392 @@
+"""Every knob of a run: one frozen dataclass per component, each field with a sentence. Imports neither torch nor ray."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=False)
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class EnvConfig:
+    """Simulator, tasks and cameras."""
+
+    suite: str = "metaworld"
+    """Registered suite name, or `my_package.my_env:MySuite`."""
+    tasks: tuple[str, ...] = ("drawer-close-v3", "window-open-v3", "button-press-topdown-v3")
+    """Task ids to train and evaluate on; `mt10` and `mt50` stand for Meta-World's sets."""
+    image_size: Annotated[int, Field(ge=16, le=1024)] = 64
+    """Side of the square camera image, pixels."""
+    camera: str = "corner2"
+    """Camera name."""
+    render_profile: Literal["fast", "full"] = "fast"
+    """`fast` drops shadows, reflections, multisampling and fine meshes (13-16x cheaper); recorded with the data."""
+    gl_backend: Literal["auto", "egl", "osmesa"] = "auto"
+    """Headless OpenGL: `auto` takes EGL where a device works, else OSMesa."""
+    max_env_steps: Annotated[int, Field(ge=1, le=10_000)] = 160
+    """Env steps after which an episode is truncated (value bootstrapped, not terminated)."""
+    train_seed: NonNegative = 42
+    """Seed of the task set that training goals come from."""
+    eval_seed: NonNegative = 1042
+    """Seed of the task set that held-out goals come from; equal goals are removed from training."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the suite, for suites of your own."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class DemosConfig:
+    """Scripted-expert demonstrations for the warm start."""
+
+    path: str | None = None
+    """Existing demonstration store (folder of Parquet files); None collects into the run folder."""
+    episodes_per_task: Positive = 10
+    """Successful episodes to collect for each task."""
+    action_noise: NonNegativeFloat = 0.0
+    """Standard deviation of Gaussian noise added to the expert's actions in [-1, 1] units."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class TowerConfig:
+    """One vision transformer."""
+
+    dim: Positive = 64
+    """Width."""
+    depth: Annotated[int, Field(ge=2)] = 3
+    """Blocks; the feature is the output of the second-to-last, the last is not computed."""
+    num_heads: Positive = 4
+    """Attention heads."""
+    mlp_dim: Positive = 256
+    """Width of the feed-forward layer."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class ModelConfig:
+    """OpenVLA-shaped policy; the defaults are the laptop size, about a million parameters."""
+
+    architecture: str = "openvla"
+    """Registered model name, or `my_package.my_model:MyModel`."""
+    image_size: Annotated[int, Field(ge=16)] = 64
+    """Side the model expects; frames of another size are resized."""
+    patch_size: Positive = 8
+    """Side of a vision patch, pixels."""
+    num_register_tokens: NonNegative = 4
+    """Register tokens of the DINOv2 tower."""
+    dino: TowerConfig = field(default_factory=TowerConfig)
+    """DINOv2-with-registers tower."""
+    siglip: TowerConfig = field(default_factory=TowerConfig)
+    """SigLIP tower."""
+    hidden_size: Positive = 128
+    """Llama width."""
+    intermediate_size: Positive = 256
+    """Llama feed-forward width."""
+    num_layers: Positive = 4
+    """Llama decoder layers."""
+    num_heads: Positive = 4
+    """Llama attention heads."""
+    num_kv_heads: Positive = 4
+    """Llama key/value heads."""
+    text_vocab_size: Annotated[int, Field(ge=256)] = 288
+    """Text ids of the tokenizer; the vocabulary is these, then the action bins, then padding to `pad_to_multiple_of`."""
+    pad_to_multiple_of: Positive = 64
+    """The embedding matrix is rounded up to a multiple of this."""
+    num_action_bins: Annotated[int, Field(ge=2)] = 256
+    """Bins per action dimension, at the end of the tokenizer's vocabulary."""
+    action_dim: Positive = 4
+    """Action dimensions D."""
+    chunk_length: Positive = 5
+    """Env steps K per decision."""
+    decoding: Literal["autoregressive", "parallel"] = "parallel"
+    """`parallel` predicts all K*D tokens in one pass from learned query embeddings."""
+    max_prompt_tokens: Positive = 48
+    """Prompts are padded to this many text tokens, so that shapes never vary; longer ones are refused."""
+    value_hidden_sizes: tuple[Positive, ...] = (128, 64)
+    """Hidden widths of the value head (ReLU MLP, fp32)."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the linear layers."""
+
+    rank: Positive = 32
+    """Rank r."""
+    alpha: PositiveFloat = 32.0
+    """Scale numerator: the merged weight is W + alpha/rank * B A."""
+    target_modules: Annotated[str, Field(min_length=1)] = "all-linear"
+    """`all-linear`, or a regular expression over module names."""
+    include_lm_head: bool = True
+    """Adapt the output head too, which `all-linear` leaves out."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class SFTConfig:
+    """Warm start: supervised fine-tuning on the demonstrations."""
+
+    num_steps: NonNegative = 600
+    """Optimiser steps."""
+    batch_size: Positive = 64
+    """Decisions per step."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate (one-cycle schedule)."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradient clipping."""
+    shift_pixels: NonNegative = 3
+    """Augmentation: random translation of up to this many pixels, edges repeated."""
+    color_jitter: UnitInterval = 0.1
+    """Augmentation: random brightness and contrast change, as a fraction."""
+    num_threads: Positive = 2
+    """CPU threads of the training process."""
+    max_seconds: PositiveFloat | None = None
+    """Keep training past `num_steps`, at the final learning rate, until this wall time (for controls); None stops at `num_steps`."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """Policy gradient; the names are those of the field."""
+
+    name: str = "ppo"
+    """Registered algorithm, or `my_package.my_algorithm:MyAlgorithm`."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Discount, per chunk or per env step according to `discount_mode`."""
+    gae_lambda: UnitInterval = 0.95
+    """GAE trace decay."""
+    discount_mode: Literal["per_chunk", "smdp"] = "per_chunk"
+    """`smdp` discounts by gamma^(executed env steps), inside the chunk too."""
+    ratio_level: Literal["token", "action", "chunk"] = "action"
+    """One importance ratio per token, per env action or per chunk."""
+    clip_ratio_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The ratio is clipped below at 1 - this."""
+    clip_ratio_high: PositiveFloat = 0.28
+    """The ratio is clipped above at 1 + this."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound the loss of very negative advantages at this ratio; None leaves it unbounded."""
+    max_log_ratio: PositiveFloat = 20.0
+    """Log-ratios are clamped to +- this, against overflow."""
+    value_loss_coef: NonNegativeFloat = 0.5
+    """Weight of the value loss."""
+    value_clip: PositiveFloat | None = 0.2
+    """Clip range of the value update; None does not clip."""
+    value_loss: Literal["squared", "huber"] = "squared"
+    """Shape of the value loss."""
+    huber_delta: PositiveFloat = 10.0
+    """Where the Huber loss turns linear."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus over the action bins."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the KL penalty to the reference policy (adapters disabled)."""
+    target_kl: PositiveFloat | None = None
+    """Stop the update when the approximate KL of a minibatch exceeds this; None never stops."""
+    num_epochs: Positive = 2
+    """Passes over the batch."""
+    num_minibatches: Positive = 4
+    """Optimiser steps per pass."""
+    normalize_advantages: bool = True
+    """Standardise advantages over the whole batch."""
+    loss_normalization: Literal["token_mean", "trajectory_mean", "fixed_horizon"] = "token_mean"
+    """Denominator of the policy loss."""
+    critic_warmup_updates: NonNegative = 1
+    """Updates at the start that train the value head only."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class RolloutConfig:
+    """Env workers and how many episodes an iteration takes."""
+
+    num_workers: Positive = 2
+    """Env worker processes."""
+    envs_per_worker: Positive = 12
+    """Simulators per worker; even, as one half steps while the other waits for actions."""
+    groups_per_update: Positive = 60
+    """Groups (initial states) per update."""
+    group_size: Positive = 1
+    """Episodes per group (1 for PPO)."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of training episodes."""
+    max_policy_lag: Annotated[int, Field(ge=0, le=0)] = 0
+    """Updates an episode may be old; only 0 (synchronous) so far."""
+    episode_deadline_s: PositiveFloat = 120.0
+    """An episode that takes longer counts as hung: its worker is replaced and it is redone with the same seed."""
+    max_attempts: Positive = 3
+    """A task that fails this often ends the run as poison."""
+    shuffle_rewards: bool = False
+    """Negative control: permute episode outcomes within each iteration, so that there is nothing to learn."""
+    max_inflight_bytes: Positive = 512 * 1024 * 1024
+    """Bound on frames waiting in the object store; checked against it before start."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class InferenceConfig:
+    """The servers that answer with action chunks."""
+
+    engine: str = "torch"
+    """Registered engine, or `my_package.my_engine:MyEngine`."""
+    num_servers: Positive = 1
+    """Server processes."""
+    batch_size: Positive = 12
+    """Rows of one forward pass; in deterministic mode every batch is padded to it."""
+    batch_window_ms: NonNegativeFloat = 0.0
+    """How long to wait for more rows when fewer than `batch_size` are there."""
+    num_threads: Positive = 1
+    """CPU threads of a server; deterministic mode needs 1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; `auto` takes a GPU if the server was given one."""
+    deadline_s: PositiveFloat = 60.0
+    """A request that takes longer is an error."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class LearnerConfig:
+    """FSDP learner group."""
+
+    num_ranks: Positive = 2
+    """Processes; 1 rank and R ranks compute the same update."""
+    train: Literal["lora", "full"] = "lora"
+    """Train adapters and heads, or everything."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters, where `train` is lora."""
+    micro_batch_size: Positive = 128
+    """Rows per rank and forward pass; gradients accumulate over them."""
+    actor_learning_rate: PositiveFloat = 3e-4
+    """AdamW learning rate of the policy."""
+    critic_learning_rate: PositiveFloat = 1e-3
+    """AdamW learning rate of the value head."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW weight decay."""
+    adam_betas: tuple[UnitInterval, UnitInterval] = (0.9, 0.999)
+    """AdamW betas."""
+    adam_eps: PositiveFloat = 1e-5
+    """AdamW epsilon."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradient clipping, for policy and value head separately."""
+    critic: Literal["shared", "separate"] = "shared"
+    """Value head on the policy's backbone, or on the same frozen base with adapters of its own."""
+    detach_value: bool = False
+    """Stop value gradients at the backbone."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute precision; log-probabilities and losses are fp32 always."""
+    num_threads: Positive = 1
+    """CPU threads of a rank."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where ranks run; `auto` takes a GPU if the rank was given one."""
+    collective_timeout_s: PositiveFloat = 120.0
+    """Process-group timeout: a hung rank is noticed after it."""
+    deadline_s: PositiveFloat = 1800.0
+    """An update that takes longer is an error."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class TrustConfig:
+    """Checks that run inside every update; they stop the run, they do not warn."""
+
+    deterministic: bool = False
+    """Pad inference batches to a fixed shape, so that a run is bit-reproducible (CPU, lag 0)."""
+    sampler_ratio_tolerance: PositiveFloat = 1e-4
+    """Largest accepted |ratio - 1| between learner and engine, fp32."""
+    canary_tolerance: PositiveFloat = 1e-4
+    """Largest accepted log-probability difference between server and learner on the probe batch, fp32."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to commit and how much to keep."""
+
+    every_updates: Positive = 10
+    """Commit a checkpoint after this many updates, and at the end."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Committed checkpoints to keep."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out evaluation: exact enumeration of task x initial state."""
+
+    every_updates: NonNegative = 0
+    """Evaluate after this many updates (0: only before and after training)."""
+    states_per_task: Positive = 50
+    """Held-out initial states per task."""
+    temperature: NonNegativeFloat = 0.0
+    """Decoding temperature, the same before and after; 0 is greedy."""
+    stop_on_success: bool = True
+    """False runs every episode to the horizon, so that last-step success can differ from any-step success."""
+    videos_per_task: NonNegative = 1
+    """Held-out starts per task that are filmed before and after."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class ClusterConfig:
+    """What to ask Ray for."""
+
+    address: str | None = None
+    """Cluster to join; None joins the one a job was submitted to, else starts a local one."""
+    object_store_bytes: Positive = 1024 * 1024 * 1024
+    """Object store of a locally started Ray."""
+    cpus_per_worker: NonNegativeFloat = 0.5
+    """CPUs an env worker reserves."""
+    cpus_per_rank: NonNegativeFloat = 0.25
+    """CPUs a learner rank reserves."""
+    cpus_per_server: NonNegativeFloat = 0.25
+    """CPUs an inference server reserves."""
+    gpus_per_rank: NonNegativeFloat = 0.0
+    """GPUs a learner rank reserves."""
+    gpus_per_server: NonNegativeFloat = 0.0
+    """GPUs an inference server reserves."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """Sliver of a GPU an env worker reserves for rendering; workers are spread evenly."""
+    placement_timeout_s: PositiveFloat = 120.0
+    """How long to wait for the reserved resources."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class MetricsConfig:
+    """Where metrics go besides `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb_project: str | None = None
+    """Weights & Biases project; None sends nothing."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class ExperimentConfig:
+    """One run."""
+
+    name: str = "run"
+    """Label of the run."""
+    seed: NonNegative = 0
+    """Seed of everything random in the run."""
+    run_dir: str | None = None
+    """Run folder, or a `pyarrow.fs` URI; None takes `runs/<name>-seed<seed>`."""
+    policy: str | None = None
+    """Policy folder to start from; None collects demonstrations and fine-tunes a new policy."""
+    num_iterations: NonNegative = 40
+    """Rollout iterations (attempts at an update)."""
+    max_rl_seconds: PositiveFloat | None = None
+    """Stop the RL part after the iteration that passes this wall time."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    demos: DemosConfig = field(default_factory=DemosConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    trust: TrustConfig = field(default_factory=TrustConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)

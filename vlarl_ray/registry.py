@@ -1,0 +1,59 @@
+"""Look up plug-ins by name in explicit tables of `"module:Class"` strings; outsiders pass such a string themselves."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+SUITES: Mapping[str, str] = {
+    "metaworld": "vlarl_ray.envs.metaworld:MetaWorldSuite",
+    "toy": "vlarl_ray.envs.toy:ToySuite",
+}
+ALGORITHMS: Mapping[str, str] = {
+    "ppo": "vlarl_ray.algorithms.ppo:PPO",
+}
+MODELS: Mapping[str, str] = {
+    "openvla": "vlarl_ray.models.openvla:OpenVLA",
+}
+ENGINES: Mapping[str, str] = {
+    "torch": "vlarl_ray.inference.torch_server:TorchEngine",
+}
+
+
+def resolve(table: Mapping[str, str], name: str, *, what: str) -> Any:
+    """Import what `name` stands for.
+
+    Args:
+        table: Known names and their `"module:Class"` strings.
+        name: A key of `table`, or a `"module:Class"` string of the caller's own.
+        what: The config field the name comes from, for the message.
+
+    Raises:
+        ValueError: If the name is unknown or its module cannot be imported.
+    """
+    target = table.get(name, name)
+    if ":" not in target:
+        raise ValueError(f"{what} = {name!r} is unknown; {suggest(name, table)}, or give 'my_package.my_module:MyClass'.")
+    module_name, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{what} = {name!r}: cannot import {attribute!r} from {module_name!r} ({error}); "
+            "the module must be installed on every node, or lie on the Python path."
+        ) from error
+
+
+def suggest(name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
+    """Phrase the nearest known names, for error messages.
+
+    Example:
+        >>> suggest("pop", ["ppo", "rloo"])
+        "did you mean 'ppo'? Known: ppo, rloo"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    listed = ", ".join(names) if len(names) <= 12 else ", ".join(names[:12]) + f", ... ({len(names)} in all)"
+    return (f"did you mean {near[0]!r}? " if near else "") + f"Known: {listed}"
