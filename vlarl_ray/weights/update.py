@@ -1,0 +1,33 @@
+"""The message from learner to servers: adapter and head tensors of one version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """Weights of version `version`, relative to the policy folder that learner and servers started from.
+
+    Example:
+        >>> update = WeightUpdate(version=1, lora_scale=1.0, adapters={}, tensors={"value_head.0.weight": np.zeros((2, 2), "f4")})
+        >>> update.num_bytes
+        16
+    """
+
+    version: int
+    lora_scale: float
+    """alpha / rank."""
+    adapters: Mapping[str, tuple[Float32[np.ndarray, "r i"], Float32[np.ndarray, "o r"]]]
+    """(A, B) by the official name of the base weight they adapt: W = W0 + lora_scale * B A."""
+    tensors: Mapping[str, Float32[np.ndarray, "..."]]
+    """Tensors that replace the server's own, by official name: heads, or everything under full training."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(a.nbytes + b.nbytes for a, b in self.adapters.values()) + sum(t.nbytes for t in self.tensors.values())
