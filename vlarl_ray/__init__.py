@@ -1,0 +1,1 @@
+"""Reinforcement-learning post-training of vision-language-action robot policies in simulation, on Ray."""
