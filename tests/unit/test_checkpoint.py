@@ -100,10 +100,11 @@ def test_a_manifest_of_another_shape_falls_back(two_commits, content):
     assert_is_step(load_latest(str(run_dir)), 10)
 
 
-def test_a_manifest_of_another_step_falls_back(two_commits):
+def test_a_folder_with_the_content_of_another_step_falls_back(two_commits):
     run_dir, newest = two_commits
     older = sorted(newest.parent.iterdir())[0]
-    (newest / MANIFEST).write_bytes((older / MANIFEST).read_bytes())
+    for name in FILES:
+        (newest / name).write_bytes((older / name).read_bytes())
     assert_is_step(load_latest(str(run_dir)), 10)
 
 
@@ -212,7 +213,7 @@ class CrashingHandler(fs.FileSystemHandler):
         self.local.create_dir(path, recursive=recursive)
 
     def delete_dir(self, path):
-        for entry in sorted(pathlib.Path(path).iterdir()):  # a recursive deletion can stop anywhere inside
+        for entry in sorted(pathlib.Path(path).iterdir(), reverse=True):  # the manifest last: the worst order
             self.change()
             entry.unlink()
         self.change()
@@ -261,6 +262,17 @@ def half_written(path):
     return pa.PythonFile(File(), mode="w")
 
 
+def assert_manifests_vouch_for_what_is_there(run_dir):
+    """Manifests are written last and deleted first: a complete one never stands beside missing files."""
+    for manifest in (run_dir / "checkpoints").glob(f"*/{MANIFEST}"):
+        try:
+            files = json.loads(manifest.read_bytes())["body"]["files"]
+        except json.JSONDecodeError:
+            continue  # torn while it was written
+        for name, entry in files.items():
+            assert (manifest.parent / name).stat().st_size == entry["size"]
+
+
 def test_a_crash_anywhere_in_a_commit_leaves_a_valid_checkpoint(tmp_path):
     """Every change of the file system is a crash point, those of the sweep and of the recovering commit included."""
     crash_points = 0
@@ -279,6 +291,7 @@ def test_a_crash_anywhere_in_a_commit_leaves_a_valid_checkpoint(tmp_path):
         assert found is not None
         assert found.step in (9, 10)
         assert_is_step(found, found.step)
+        assert_manifests_vouch_for_what_is_there(run_dir)
         commit_step(run_dir, 20)
         assert_is_step(load_latest(str(run_dir)), 20)
         commit_step(run_dir, 30)  # a torn manifest counts as damage, which goes once `keep` newer ones verify
