@@ -1,0 +1,253 @@
+"""Checks across the fields of one config that need no cluster; each names field, value, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlarl_ray import metaworld_tasks, registry
+from vlarl_ray.config import ExperimentConfig
+from vlarl_ray.config_fields import field_docs
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a config."""
+
+    fields: tuple[str, ...]
+    """Dotted paths of the fields it compares."""
+    message: str
+
+
+def check_config(cfg: ExperimentConfig, environ: Mapping[str, str] = os.environ) -> list[Problem]:
+    """Find every contradiction between fields, and everything this machine lacks.
+
+    Args:
+        cfg: Fields that are valid one by one.
+        environ: Environment variables, which tell whether this is a submitted Ray job.
+    """
+    checks = (_names, _tasks, _model, _learning, _rollout, _memory, _devices, _trust)
+    return [
+        *(p for check in checks for p in check(cfg)),
+        *_paths(cfg, in_ray_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in environ),
+    ]
+
+
+def _names(cfg: ExperimentConfig) -> Iterator[Problem]:
+    tables = {
+        "env.suite": (cfg.env.suite, registry.SUITES),
+        "model.architecture": (cfg.model.architecture, registry.MODELS),
+        "algorithm.name": (cfg.algorithm.name, registry.ALGORITHMS),
+        "inference.engine": (cfg.inference.engine, registry.ENGINES),
+    }
+    for path, (name, table) in tables.items():
+        if name not in table and not re.fullmatch(r"[\w.]+:\w+", name):
+            advice = f"{registry.suggest(name, table)}, or give 'my_package.my_module:MyClass'"
+            yield Problem((path,), f"{path} = {name!r} is unknown; {advice}.")
+    if not re.fullmatch(r"[\w][\w.-]*", cfg.name):
+        yield Problem(("name",), f"name = {cfg.name!r}: becomes a folder; use letters, digits, '_', '-', '.' only.")
+    for path in field_docs():
+        value = value_at(cfg, path)
+        if isinstance(value, float) and not math.isfinite(value):
+            yield Problem((path,), f"{path} = {value}: must be finite; give a number, or leave it out.")
+    target = cfg.learner.lora.target_modules
+    try:
+        re.compile(target)
+    except re.error as error:
+        path = "learner.lora.target_modules"
+        yield Problem((path,), f"{path} = {target!r} is no regular expression ({error}); mend it, or write all-linear.")
+
+
+def _tasks(cfg: ExperimentConfig) -> Iterator[Problem]:
+    env = cfg.env
+    if not env.tasks:
+        yield Problem(("env.tasks",), "env.tasks = []: must name at least one task; leave it out for three easy ones.")
+    tasks = metaworld_tasks.expand_tasks(env.tasks) if env.suite == "metaworld" else env.tasks
+    for task in sorted({task for task in tasks if tasks.count(task) > 1}):
+        yield Problem(
+            ("env.tasks",), f"env.tasks names {task!r} more than once; name it once (mt10 and mt50 are sets)."
+        )
+    if env.train_seed == env.eval_seed:
+        message = f"must differ from env.train_seed = {env.train_seed}, or no goal is held out; set another seed"
+        yield Problem(("env.eval_seed", "env.train_seed"), f"env.eval_seed = {env.eval_seed}: {message}.")
+    if env.suite != "metaworld":
+        return
+    for task in tasks:
+        if task not in metaworld_tasks.MT50:
+            advice = registry.suggest(task, [*metaworld_tasks.MT50, "mt10", "mt50"])
+            yield Problem(("env.tasks", "env.suite"), f"env.tasks: {task!r} is no Meta-World task; {advice}.")
+    if env.camera not in metaworld_tasks.CAMERAS:
+        advice = registry.suggest(env.camera, metaworld_tasks.CAMERAS)
+        yield Problem(("env.camera", "env.suite"), f"env.camera = {env.camera!r} is no Meta-World camera; {advice}.")
+    if env.max_env_steps > metaworld_tasks.MAX_ENV_STEPS:
+        allowed = f"Meta-World allows at most {metaworld_tasks.MAX_ENV_STEPS}; lower it"
+        yield Problem(("env.max_env_steps", "env.suite"), f"env.max_env_steps = {env.max_env_steps}: {allowed}.")
+    if cfg.model.action_dim != metaworld_tasks.ACTION_DIM and cfg.policy is None:
+        allowed = f"Meta-World has {metaworld_tasks.ACTION_DIM} action dimensions; set {metaworld_tasks.ACTION_DIM}"
+        yield Problem(("model.action_dim", "env.suite"), f"model.action_dim = {cfg.model.action_dim}: {allowed}.")
+
+
+def _model(cfg: ExperimentConfig) -> Iterator[Problem]:
+    model = cfg.model
+    divisions = [
+        ("model.image_size", "model.patch_size"),
+        ("model.hidden_size", "model.num_heads"),
+        ("model.num_heads", "model.num_kv_heads"),
+        ("model.dino.dim", "model.dino.num_heads"),
+        ("model.siglip.dim", "model.siglip.num_heads"),
+    ]
+    for whole, part in divisions:
+        dividend, divisor = value_at(cfg, whole), value_at(cfg, part)
+        if dividend % divisor:
+            nearest = max(divisor, round(dividend / divisor) * divisor)
+            advice = f"must be a multiple of {part} = {divisor}; set {whole} to {nearest}, for instance"
+            yield Problem((whole, part), f"{whole} = {dividend}: {advice}.")
+    head, odd = divmod(model.hidden_size, model.num_heads)
+    if not odd and head % 2:
+        advice = f"gives heads of {head}, but rotary embeddings need an even size; set {2 * head * model.num_heads}"
+        fields = ("model.hidden_size", "model.num_heads")
+        yield Problem(
+            fields, f"model.hidden_size = {model.hidden_size} / model.num_heads = {model.num_heads} {advice}."
+        )
+    if model.chunk_length > cfg.env.max_env_steps:
+        fields = ("model.chunk_length", "env.max_env_steps")
+        advice = f"a chunk is longer than an episode, env.max_env_steps = {cfg.env.max_env_steps}; shorten the chunk"
+        yield Problem(fields, f"model.chunk_length = {model.chunk_length}: {advice}.")
+
+
+def _learning(cfg: ExperimentConfig) -> Iterator[Problem]:
+    algorithm, learner = cfg.algorithm, cfg.learner
+    warmup = algorithm.critic_warmup_updates
+    if 0 < cfg.num_iterations <= warmup:
+        advice = (
+            f"covers all num_iterations = {cfg.num_iterations}, so the policy never learns; lower it, or set both to 0"
+        )
+        fields = ("algorithm.critic_warmup_updates", "num_iterations")
+        yield Problem(fields, f"algorithm.critic_warmup_updates = {warmup}: {advice}.")
+    for path, asked in (("algorithm.kl_coef", algorithm.kl_coef > 0), ("learner.critic", learner.critic == "separate")):
+        if asked and learner.train == "full":
+            advice = "needs the frozen base under the adapters; set learner.train = lora, or leave this out"
+            yield Problem(
+                (path, "learner.train"), f"{path} = {value_at(cfg, path)} with learner.train = full: {advice}."
+            )
+    episodes = cfg.rollout.groups_per_update * cfg.rollout.group_size
+    if learner.num_ranks > episodes:
+        advice = f"an update has {episodes} episodes, so some rank would get none; set at most {episodes}"
+        fields = ("learner.num_ranks", "rollout.groups_per_update", "rollout.group_size")
+        yield Problem(fields, f"learner.num_ranks = {learner.num_ranks}: {advice}.")
+    elif learner.num_ranks * algorithm.num_minibatches > episodes:
+        # an episode may end within its first decision: this many rows are sure, more are not
+        limit = episodes // learner.num_ranks
+        advice = (
+            f"an update is sure of {episodes} rows for learner.num_ranks = {learner.num_ranks}; set at most {limit}"
+        )
+        fields = ("algorithm.num_minibatches", "learner.num_ranks", "rollout.groups_per_update", "rollout.group_size")
+        yield Problem(fields, f"algorithm.num_minibatches = {algorithm.num_minibatches}: {advice}.")
+
+
+def _rollout(cfg: ExperimentConfig) -> Iterator[Problem]:
+    rollout, name = cfg.rollout, cfg.algorithm.name
+    if rollout.envs_per_worker % 2:
+        advice = "must be even, as one half steps while the other waits for actions"
+        yield Problem(
+            ("rollout.envs_per_worker",),
+            f"rollout.envs_per_worker = {rollout.envs_per_worker}: {advice}; set {rollout.envs_per_worker + 1}.",
+        )
+    if name == "ppo" and rollout.group_size != 1:
+        advice = "ppo has a critic and compares nothing within a group; set 1, and raise rollout.groups_per_update"
+        fields = ("rollout.group_size", "algorithm.name")
+        yield Problem(fields, f"rollout.group_size = {rollout.group_size}: {advice}.")
+
+
+def _memory(cfg: ExperimentConfig) -> Iterator[Problem]:
+    rollout = cfg.rollout
+    decisions = -(-cfg.env.max_env_steps // cfg.model.chunk_length)
+    frames = rollout.groups_per_update * rollout.group_size * (decisions + 1)
+    planned = frames * cfg.env.image_size**2 * 3
+    sizes = ("env.image_size", "env.max_env_steps", "model.chunk_length")
+    if planned > rollout.max_inflight_bytes:
+        advice = (
+            f"an update holds up to {frames} frames of {cfg.env.image_size}x{cfg.env.image_size}x3 = {planned} bytes; "
+            f"raise it to at least that, or lower rollout.groups_per_update, rollout.group_size or env.image_size"
+        )
+        fields = ("rollout.max_inflight_bytes", "rollout.groups_per_update", "rollout.group_size", *sizes)
+        yield Problem(fields, f"rollout.max_inflight_bytes = {rollout.max_inflight_bytes}: {advice}.")
+    if cfg.cluster.address is None and rollout.max_inflight_bytes > cfg.cluster.object_store_bytes:
+        advice = (
+            f"more than cluster.object_store_bytes = {cfg.cluster.object_store_bytes}, so frames would spill to disk"
+        )
+        fields = ("rollout.max_inflight_bytes", "cluster.object_store_bytes")
+        message = f"rollout.max_inflight_bytes = {rollout.max_inflight_bytes}: {advice}; lower it, or raise the store."
+        yield Problem(fields, message)
+
+
+def _devices(cfg: ExperimentConfig) -> Iterator[Problem]:
+    roles = (("learner", cfg.learner.device, "gpus_per_rank"), ("inference", cfg.inference.device, "gpus_per_server"))
+    for section, device, name in roles:
+        gpus = value_at(cfg, f"cluster.{name}")
+        fields = (f"{section}.device", f"cluster.{name}")
+        if device == "cuda" and not gpus:
+            advice = f"reserves no GPU, as cluster.{name} = 0; set cluster.{name} to 1, or the device to auto"
+            yield Problem(fields, f"{section}.device = cuda: {advice}.")
+        if device == "cpu" and gpus:
+            advice = f"would leave the reserved GPU idle (cluster.{name} = {gpus}); set it to 0, or the device to auto"
+            yield Problem(fields, f"{section}.device = cpu: {advice}.")
+    gpus = cfg.cluster.gpus_per_rank
+    if gpus not in (0, 1):
+        advice = "a rank drives exactly one GPU, and NCCL refuses to share one; set 0 or 1"
+        yield Problem(("cluster.gpus_per_rank",), f"cluster.gpus_per_rank = {gpus}: {advice}.")
+    if cfg.cluster.gpus_per_worker and cfg.env.gl_backend == "osmesa":
+        advice = "renders on the CPU, so cluster.gpus_per_worker would be idle; set egl, or gpus_per_worker to 0"
+        yield Problem(("env.gl_backend", "cluster.gpus_per_worker"), f"env.gl_backend = osmesa: {advice}.")
+    if cfg.learner.dtype != cfg.inference.dtype:
+        advice = "must equal learner.dtype: sampling and scoring are one distribution; set both alike"
+        message = f"inference.dtype = {cfg.inference.dtype}, learner.dtype = {cfg.learner.dtype}: {advice}."
+        yield Problem(("inference.dtype", "learner.dtype"), message)
+
+
+def _trust(cfg: ExperimentConfig) -> Iterator[Problem]:
+    if not cfg.trust.deterministic:
+        return
+    wanted = {
+        "inference.num_threads": (1, cfg.inference.num_threads != 1),
+        "rollout.max_policy_lag": (0, cfg.rollout.max_policy_lag != 0),
+        "inference.device": ("cpu", cfg.inference.device == "cuda"),
+        "learner.device": ("cpu", cfg.learner.device == "cuda"),
+        "cluster.gpus_per_server": (0, cfg.cluster.gpus_per_server > 0),
+        "cluster.gpus_per_rank": (0, cfg.cluster.gpus_per_rank > 0),
+    }
+    for path, (value, differs) in wanted.items():
+        if differs:
+            advice = f"trust.deterministic needs {value}; set it, or trust.deterministic to false"
+            yield Problem((path, "trust.deterministic"), f"{path} = {value_at(cfg, path)}: {advice}.")
+
+
+def _paths(cfg: ExperimentConfig, *, in_ray_job: bool) -> Iterator[Problem]:
+    for path in ("policy", "demos.path"):
+        folder = value_at(cfg, path)
+        if folder is not None and "://" not in folder and not Path(folder).is_dir():
+            yield Problem((path,), f"{path} = {folder!r}: no such folder; mend it, or leave it out to make a new one.")
+    if cfg.policy is not None and Path(cfg.policy).is_dir() and not (Path(cfg.policy) / "config.json").is_file():
+        yield Problem(("policy",), f"policy = {cfg.policy!r}: has no config.json, so it is no policy folder; name one.")
+    run_dir = cfg.run_dir or ""
+    if in_ray_job and not os.path.isabs(run_dir) and "://" not in run_dir:
+        advice = "lies in the job's temporary folder and is lost with it; give an absolute path or a URI (--run-dir)"
+        yield Problem(("run_dir",), f"run_dir = {cfg.run_dir!r} in a submitted Ray job: {advice}.")
+    if cfg.metrics.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        advice = "wandb is not installed; run pip install 'vlarl_ray[wandb]', or leave this out"
+        project = cfg.metrics.wandb_project
+        yield Problem(("metrics.wandb_project",), f"metrics.wandb_project = {project!r}: {advice}.")
+
+
+def value_at(cfg: ExperimentConfig, path: str) -> Any:
+    """Look up a dotted path."""
+    value: Any = cfg
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
