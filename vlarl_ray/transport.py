@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Transport(Protocol):
     """Implemented by Ray in `remote/` and by `LocalTransport` in one process."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -11,6 +11,7 @@ from jaxtyping import Float32
 from vlarl_ray.types import Observation, Split, StepResult, TaskSpec
 
 
+@runtime_checkable
 class SimEnv(Protocol):
     """One simulator. It runs any task of its suite, renders only in `reset` and `observe`, and never auto-resets."""
 
@@ -22,7 +23,7 @@ class SimEnv(Protocol):
         ...
 
     def step(self, action: Float32[np.ndarray, " D"]) -> StepResult:
-        """Advance one env step without rendering. Actions outside the bounds are clipped to them."""
+        """Advance one env step without rendering. Actions are in [-1, 1]; what lies outside is clipped."""
         ...
 
     def observe(self) -> Observation:
@@ -42,6 +43,7 @@ class SimEnv(Protocol):
         ...
 
 
+@runtime_checkable
 class Suite(Protocol):
     """A family of tasks with numbered initial states, split in training and held-out ones."""
 
