@@ -1,0 +1,179 @@
+"""Every metric a run may log: its name, its unit, what it means. A name that is not here is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from vlarl_ray.registry import suggest
+
+MetricValue = float | int | None
+"""None where a metric is undefined, as steps to success without a success."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One entry of the catalogue."""
+
+    unit: str
+    """`1` for ratios, probabilities and other pure numbers."""
+    meaning: str
+
+
+_SECTIONS = {
+    "update": "one whole iteration of the main loop",
+    "rollout": "episodes: simulation, rendering and inference",
+    "score": "the learner's scores of the episodes, where the algorithm needs them",
+    "batch": "advantages, returns and masks on the driver",
+    "learn": "the optimiser steps",
+    "publish": "shipping, merging and verifying weights",
+    "evaluate": "held-out evaluation (logged with the iteration that follows it)",
+    "checkpoint": "committing a checkpoint (logged with the iteration that follows it)",
+}
+_PARTS = {
+    "reset": "resetting simulators",
+    "physics": "stepping simulators",
+    "render": "rendering frames",
+    "inference": "forward passes of the inference server",
+}
+
+
+def _timing() -> dict[str, Metric]:
+    table = {f"time/{name}_s": Metric("s", f"Wall time of {what}.") for name, what in _SECTIONS.items()}
+    for name, what in _SECTIONS.items():
+        table[f"time/{name}_driver_cpu_s"] = Metric("s", f"CPU time of the driver process during {what}.")
+    for name, what in _PARTS.items():
+        table[f"time/{name}_cpu_ms_per_decision"] = Metric("ms", f"CPU time of {what}, per decision.")
+        table[f"time/{name}_cpu_s"] = Metric("s", f"CPU time of {what}, all episodes of the rollout.")
+    return table
+
+
+_ROLLOUT = {
+    "rollout/num_episodes": Metric("episodes", "Attempted episodes."),
+    "rollout/num_decisions": Metric("decisions", "Decisions (action chunks) of all attempted episodes."),
+    "rollout/env_steps": Metric("env steps", "Env steps executed in all attempted episodes."),
+    "rollout/success_rate": Metric("1", "Episodes with success at any env step / attempted episodes."),
+    "rollout/success_rate/<task>": Metric("1", "The same for one task; null where it was not drawn."),
+    "rollout/last_step_success_rate": Metric("1", "Episodes that are successful at their last env step / attempted."),
+    "rollout/episode_return": Metric("reward", "Mean undiscounted return of attempted episodes."),
+    "rollout/episode_env_steps": Metric("env steps", "Mean length of attempted episodes."),
+    "rollout/steps_to_success": Metric(
+        "env steps", "Mean first successful env step, over successes; null without any."
+    ),
+    "rollout/steps_to_success_all": Metric("env steps", "The same over all episodes, a failure counting the horizon."),
+    "rollout/truncated_fraction": Metric("1", "Episodes cut off at the horizon / attempted episodes."),
+    "rollout/policy_lag": Metric("updates", "Version being updated minus the oldest version among the decisions."),
+    "rollout/accept_rate": Metric("1", "Groups used for the update / groups attempted."),
+    "rollout/num_groups": Metric("groups", "Groups used for the update."),
+    "rollout/duplicates_dropped": Metric("episodes", "Results that arrived a second time and were ignored."),
+    "rollout/episodes_redone": Metric("episodes", "Episodes run again after a crash or a deadline."),
+    "rollout/workers_restarted": Metric("workers", "Env workers replaced during the iteration."),
+    "rollout/object_store_bytes": Metric("bytes", "Largest amount of frames that waited in the object store."),
+    "throughput/env_steps_per_s": Metric("env steps/s", "Env steps / wall time of the rollout."),
+    "throughput/decisions_per_s": Metric("decisions/s", "Decisions / wall time of the rollout."),
+    "throughput/episodes_per_s": Metric("episodes/s", "Episodes / wall time of the rollout."),
+    "throughput/rows_per_s": Metric("rows/s", "Rows seen by the optimiser, every epoch counted, / time/learn_s."),
+    "throughput/inference_batch_rows": Metric("rows", "Mean number of observations in a forward pass of the server."),
+}
+
+_LEARN = {
+    "learn/loss": Metric("1", "Policy loss + value loss."),
+    "learn/policy_loss": Metric("1", "Policy terms of the loss (surrogate, entropy bonus, KL penalty)."),
+    "learn/surrogate_loss": Metric("1", "The clipped surrogate alone."),
+    "learn/value_loss": Metric("reward^2", "Value loss before its coefficient."),
+    "learn/entropy": Metric("nats", "Mean entropy of the distributions over the action bins."),
+    "learn/approx_kl": Metric("nats", "Mean of ratio - 1 - log ratio against the old policy (k3 estimator)."),
+    "learn/reference_kl": Metric("nats", "Mean estimated KL divergence from the reference policy."),
+    "learn/clip_fraction": Metric("1", "Ratios outside the clip range / all ratios."),
+    "learn/ratio_mean": Metric("1", "Mean importance ratio."),
+    "learn/ratio_max": Metric("1", "Largest importance ratio."),
+    "learn/explained_variance": Metric(
+        "1", "1 - var(returns - old values) / var(returns); null if returns are constant."
+    ),
+    "learn/value_clip_fraction": Metric("1", "Values outside the clip range / all values."),
+    "learn/value_mean": Metric("reward", "Mean old value."),
+    "learn/return_mean": Metric("reward", "Mean value target."),
+    "learn/advantage_mean": Metric("reward", "Mean advantage before normalisation."),
+    "learn/advantage_std": Metric("reward", "Standard deviation of the advantages before normalisation."),
+    "learn/actor_grad_norm": Metric("1", "Gradient norm of the policy before clipping, mean over optimiser steps."),
+    "learn/critic_grad_norm": Metric(
+        "1", "Gradient norm of the value head before clipping, mean over optimiser steps."
+    ),
+    "learn/actor_learning_rate": Metric("1", "Learning rate of the policy (0 during critic warm-up)."),
+    "learn/critic_learning_rate": Metric("1", "Learning rate of the value head."),
+    "learn/num_rows": Metric("rows", "Decisions in the batch."),
+    "learn/num_optimizer_steps": Metric("steps", "Optimiser steps taken; fewer than planned where the KL stop fired."),
+    "learn/kl_stopped": Metric("0 or 1", "1 if the KL stop ended the update early."),
+    "learn/critic_warmup": Metric("0 or 1", "1 if the actor was frozen in this update."),
+    "learn/micro_batches": Metric("passes", "Forward and backward passes of each rank."),
+    "learn/sampler_ratio_max_error": Metric(
+        "1", "Largest |exp(learner - engine log-probability) - 1|, before any step."
+    ),
+    "learn/sampler_ratio_mean": Metric("1", "Mean of exp(learner - engine log-probability), before any step."),
+    "learn/sampler_ratio_decisions": Metric("decisions", "Decisions that the sampler ratio was taken on."),
+}
+
+_PUBLISH = {
+    "publish/bytes": Metric("bytes", "Adapter and head tensors shipped to each server."),
+    "publish/model_bytes": Metric("bytes", "The full model, for comparison."),
+    "publish/delta_kept": Metric("1", "Projection of the served weight change on the trained one; 1 loses nothing."),
+    "canary/max_abs_logprob_diff": Metric("nats", "Largest server - learner difference on the probe batch."),
+    "canary/max_abs_logprob_diff_previous": Metric("nats", "The same against the learner's previous version."),
+    "canary/noise": Metric("nats", "Largest difference between two answers of one server to the probe batch."),
+    "memory/peak_bytes": Metric("bytes", "Largest summed memory of the run's processes on this machine so far."),
+    "memory/learner_peak_bytes": Metric("bytes", "Largest memory of a learner rank so far."),
+    "time/gpu_s": Metric("GPU-s", "Reserved GPUs x wall time of the iteration."),
+}
+
+_EVAL = {
+    "eval/success_rate": Metric("1", "Held-out episodes with success at any env step / all of them."),
+    "eval/success_rate/<task>": Metric("1", "The same for one task."),
+    "eval/ci_low": Metric("1", "Lower end of the 95 % Wilson interval of eval/success_rate."),
+    "eval/ci_high": Metric("1", "Upper end of it."),
+    "eval/last_step_success_rate": Metric("1", "Held-out episodes that are successful at their last env step."),
+    "eval/steps_to_success": Metric("env steps", "Mean first successful env step, over successes; null without any."),
+    "eval/steps_to_success/<task>": Metric("env steps", "The same for one task."),
+    "eval/steps_to_success_all": Metric("env steps", "The same over all episodes, a failure counting the horizon."),
+    "eval/episodes": Metric("episodes", "Held-out episodes, each (task, initial state) once."),
+}
+
+METRICS: Mapping[str, Metric] = MappingProxyType({**_ROLLOUT, **_LEARN, **_PUBLISH, **_EVAL, **_timing()})
+"""By name; a last part `<task>` stands for any task id."""
+
+_TIMING_AREAS = frozenset({"time", "throughput", "memory"})
+
+
+def describe_metric(name: str, *, extra: Mapping[str, Metric] | None = None) -> Metric:
+    """Look up what a metric means.
+
+    Args:
+        name: `area/name`, or `area/name/<task id>` for metrics that exist per task.
+        extra: Entries beyond `METRICS`, of an algorithm or environment of your own.
+
+    Raises:
+        ValueError: If the name is in neither table.
+
+    Example:
+        >>> describe_metric("rollout/success_rate/drawer-close-v3").unit
+        '1'
+    """
+    area, _, rest = name.partition("/")
+    family = f"{area}/{rest.partition('/')[0]}/<task>" if "/" in rest else name
+    for table in (METRICS, extra or {}):
+        if name in table or family in table:
+            return table.get(name) or table[family]
+    raise ValueError(
+        f"metric {name!r} is not in the catalogue; {suggest(name, {**METRICS, **(extra or {})})}. "
+        "Describe it in vlarl_ray.metrics.catalogue, or pass it as `extra_metrics`."
+    )
+
+
+def is_timing_metric(name: str) -> bool:
+    """Tell whether a metric depends on how fast the machine is, so that two equal runs may differ in it.
+
+    Example:
+        >>> is_timing_metric("time/rollout_s"), is_timing_metric("learn/approx_kl")
+        (True, False)
+    """
+    return name.partition("/")[0] in _TIMING_AREAS
