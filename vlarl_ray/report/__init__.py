@@ -1,0 +1,1 @@
+"""What people look at after a run: films and a one-page HTML report."""
