@@ -1,0 +1,137 @@
+"""Batching across workers, version fencing, and errors that reach the caller."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import wait
+
+import numpy as np
+import pytest
+
+from vlarl_ray.inference.base import DirectClient, InferenceServer, LoadReport, WrongVersionError
+from vlarl_ray.types import ActReply, ActRequest
+from vlarl_ray.weights.update import WeightUpdate
+
+
+class SlowEngine:
+    """Echoes the first noise-key word as the action; the first batch waits for `gate`, so that others pile up."""
+
+    def __init__(self) -> None:
+        self.version: int | None = None
+        self.batches: list[int] = []
+        self.gate = threading.Event()
+
+    def load(self, update):
+        self.version = update.version
+        return LoadReport(update.version, {}, 1.0, 0.0)
+
+    def sample(self, request):
+        self.gate.wait(10)
+        self.batches.append(len(request))
+        if request.temperature == 9.0:
+            raise FloatingPointError("NaN in logits")
+        rows = len(request)
+        actions = np.broadcast_to(request.noise_keys[:, :1, None], (rows, 1, 1)).astype(np.float32)
+        return ActReply(actions, np.zeros((rows, 1), np.int32), np.zeros((rows, 1), np.float32), self.version or 0)
+
+    def logprobs(self, request, tokens):
+        return np.zeros(tokens.shape, np.float32)
+
+
+def make_request(first: int, rows: int, *, version: int = 0, temperature: float = 1.0, lag: int = 0) -> ActRequest:
+    return ActRequest(
+        images=np.zeros((rows, 1, 2, 2, 3), np.uint8),
+        proprio=np.zeros((rows, 1), np.float32),
+        instructions=("go",) * rows,
+        noise_keys=np.stack([np.arange(first, first + rows), np.zeros(rows)], axis=1).astype(np.uint64),
+        temperature=temperature,
+        policy_version=version,
+        max_policy_lag=lag,
+    )
+
+
+UPDATE = WeightUpdate(version=0, lora_scale=1.0, adapters={}, tensors={})
+
+
+@pytest.fixture
+def served():
+    engine = SlowEngine()
+    server = InferenceServer(engine, batch_size=8, batch_window_ms=0.0)
+    server.load(UPDATE).result(10)
+    yield engine, server
+    engine.gate.set()
+    server.close()
+
+
+def test_requests_that_wait_share_a_batch_and_each_gets_its_own_rows(served):
+    engine, server = served
+    futures = [server.act(make_request(10 * i, 2)) for i in range(5)]
+    engine.gate.set()
+    wait(futures, timeout=10)
+    for i, future in enumerate(futures):
+        assert future.result().actions[:, 0, 0].tolist() == [10 * i, 10 * i + 1]
+    assert sum(engine.batches) == 10
+    assert max(engine.batches) == 8  # 4 requests of 2 rows
+    assert len(engine.batches) <= 3
+
+
+def test_a_batch_never_exceeds_its_size(served):
+    engine, server = served
+    futures = [server.act(make_request(0, 5)) for _ in range(4)]
+    engine.gate.set()
+    wait(futures, timeout=10)
+    assert set(engine.batches) == {5}
+
+
+def test_requests_of_different_temperature_do_not_share_a_batch(served):
+    engine, server = served
+    futures = [server.act(make_request(0, 1, temperature=t)) for t in (1.0, 1.0, 0.5, 0.5)]
+    engine.gate.set()
+    wait(futures, timeout=10)
+    assert len(engine.batches) >= 2
+    assert max(engine.batches) <= 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "lag", "answers"), [(0, 0, True), (1, 0, False), (-1, 0, False), (-1, 1, True), (-2, 1, False)]
+)
+def test_a_server_answers_only_for_its_version(served, asked, lag, answers):
+    engine, server = served
+    engine.gate.set()
+    future = server.act(make_request(0, 1, version=asked, lag=lag))
+    if answers:
+        assert future.result(10).policy_version == 0
+    else:
+        with pytest.raises(WrongVersionError, match="server holds version 0"):
+            future.result(10)
+
+
+def test_a_server_without_weights_refuses_until_it_is_given_some():
+    engine = SlowEngine()
+    engine.gate.set()
+    server = InferenceServer(engine, batch_size=8, batch_window_ms=0.0)
+    with pytest.raises(WrongVersionError, match="holds version None"):
+        server.act(make_request(0, 1)).result(10)
+    with pytest.raises(WrongVersionError):
+        DirectClient(engine).act(make_request(0, 1))
+    server.load(UPDATE).result(10)
+    assert len(server.act(make_request(0, 1)).result(10).actions) == 1
+    server.close()
+
+
+def test_an_error_of_the_engine_reaches_every_caller_of_the_batch_and_the_server_lives_on(served):
+    engine, server = served
+    bad = [server.act(make_request(0, 1, temperature=9.0)) for _ in range(2)]
+    engine.gate.set()
+    for future in bad:
+        with pytest.raises(FloatingPointError, match="NaN in logits"):
+            future.result(10)
+    assert len(server.act(make_request(0, 3)).result(10).actions) == 3
+
+
+def test_the_cpu_time_of_a_batch_is_shared_by_rows(served):
+    engine, server = served
+    futures = [server.act(make_request(0, rows)) for rows in (1, 1, 3)]
+    engine.gate.set()
+    costs = [future.result(10).inference_cpu_s for future in futures]
+    assert all(cost >= 0 for cost in costs)

@@ -1,0 +1,227 @@
+"""The server side of a decision: an `Engine` runs the model, an `InferenceServer` batches requests across workers.
+
+    EnvWorker ─ ActRequest ─► InferenceServer queue ─► one batch ─► Engine.sample ─► ActReply ─► EnvWorker
+
+A request waits for the batch in progress only; `batch_window_ms` can trade latency for fuller batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from vlarl_ray.types import ActReply, ActRequest
+from vlarl_ray.weights.update import WeightUpdate
+
+_LOG = logging.getLogger(__name__)
+
+
+class WrongVersionError(RuntimeError):
+    """A server was asked for weights it does not hold."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a server did with a `WeightUpdate`."""
+
+    version: int
+    digests: dict[str, str]
+    """sha256 of each tensor that entered the loader, by the names of `weights.canary.digests`."""
+    delta_kept: float
+    """Projection of the served weight change on the one asked for: 1 if rounding lost nothing."""
+    seconds: float
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A model that can be given weights and asked for action chunks. Called from one thread."""
+
+    version: int | None
+    """Version of the weights in place; None until the first `load`."""
+
+    def load(self, update: WeightUpdate) -> LoadReport:
+        """Merge the update into the pristine base weights and take its version."""
+        ...
+
+    def sample(self, request: ActRequest) -> ActReply:
+        """Answer every row of the request."""
+        ...
+
+    def logprobs(self, request: ActRequest, tokens: Int32[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
+        """Score given tokens under the weights in place, through the path that sampling takes."""
+        ...
+
+
+def check_version(held: int | None, request: ActRequest) -> None:
+    """Refuse to answer with weights other than those asked for.
+
+    Raises:
+        WrongVersionError: If `held` is outside [asked, asked + lag].
+    """
+    oldest, newest = request.policy_version, request.policy_version + request.max_policy_lag
+    if held is None or not oldest <= held <= newest:
+        raise WrongVersionError(f"server holds version {held}, request wants {oldest}..{newest}; publish first.")
+
+
+class DirectClient:
+    """Runs the engine in the caller's thread: the server of `--inline`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def act(self, request: ActRequest) -> Future[ActReply]:
+        """Answer at once."""
+        future: Future[ActReply] = Future()
+        check_version(self._engine.version, request)
+        future.set_result(timed_sample(self._engine, request))
+        return future
+
+
+def timed_sample(engine: Engine, request: ActRequest) -> ActReply:
+    """Sample, and note the CPU time it took."""
+    start = time.process_time()
+    reply = engine.sample(request)
+    return replace(reply, inference_cpu_s=time.process_time() - start)
+
+
+def merge_requests(requests: Sequence[ActRequest]) -> ActRequest:
+    """Concatenate requests of equal temperature and version."""
+    if len(requests) == 1:
+        return requests[0]
+    return replace(
+        requests[0],
+        images=np.concatenate([r.images for r in requests]),
+        proprio=np.concatenate([r.proprio for r in requests]),
+        instructions=tuple(text for r in requests for text in r.instructions),
+        noise_keys=np.concatenate([r.noise_keys for r in requests]),
+    )
+
+
+def split_reply(reply: ActReply, sizes: Sequence[int]) -> list[ActReply]:
+    """Undo `merge_requests` on the reply; CPU time is shared by rows."""
+    bounds = np.cumsum([0, *sizes])
+    return [
+        replace(
+            reply,
+            actions=reply.actions[lo:hi],
+            tokens=reply.tokens[lo:hi],
+            logprobs=reply.logprobs[lo:hi],
+            inference_cpu_s=reply.inference_cpu_s * float(hi - lo) / float(bounds[-1]),
+        )
+        for lo, hi in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+class InferenceServer:
+    """Batches concurrent requests on one engine, in one thread of its own.
+
+    Args:
+        engine: The model; touched by the server's thread only.
+        batch_size: Most rows to put in one batch.
+        batch_window_ms: How long to wait for more rows once the first request is there.
+    """
+
+    def __init__(self, engine: Engine, *, batch_size: int, batch_window_ms: float) -> None:
+        self._engine = engine
+        self._batch_size = batch_size
+        self._window_s = batch_window_ms / 1e3
+        self._inbox: queue.SimpleQueue[tuple[object, Future] | None] = queue.SimpleQueue()
+        self._held_back: tuple[object, Future] | None = None
+        self._thread = threading.Thread(target=self._serve, name="inference", daemon=True)
+        self._thread.start()
+
+    def act(self, request: ActRequest) -> Future[ActReply]:
+        """Queue a request."""
+        return self._enqueue(request)
+
+    def load(self, update: WeightUpdate) -> Future[LoadReport]:
+        """Queue new weights; requests queued later see them."""
+        return self._enqueue(lambda: self._engine.load(update))
+
+    def logprobs(self, request: ActRequest, tokens: Int32[np.ndarray, "B L"]) -> Future:
+        """Queue a scoring request (the canary's probe)."""
+
+        def score() -> Float32[np.ndarray, "B L"]:
+            check_version(self._engine.version, request)
+            return self._engine.logprobs(request, tokens)
+
+        return self._enqueue(score)
+
+    def close(self) -> None:
+        """Stop the thread after what is queued."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _enqueue(self, job: object) -> Future:
+        future: Future = Future()
+        self._inbox.put((job, future))
+        return future
+
+    def _serve(self) -> None:
+        while True:
+            item = self._held_back or self._inbox.get()
+            self._held_back = None
+            if item is None:
+                return
+            job, future = item
+            if isinstance(job, ActRequest):
+                self._serve_batch(job, future)
+            else:
+                _resolve(future, job)  # type: ignore[arg-type]
+
+    def _serve_batch(self, first: ActRequest, first_future: Future) -> None:
+        requests, futures, rows = [first], [first_future], len(first)
+        deadline = time.monotonic() + self._window_s
+        while rows < self._batch_size:
+            try:
+                item = (
+                    self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+                    if self._window_s
+                    else self._inbox.get_nowait()
+                )
+            except queue.Empty:
+                break
+            if item is None or not _joins(first, item[0], rows, self._batch_size):
+                self._held_back = item
+                if item is None:
+                    self._inbox.put(None)
+                break
+            request, future = item
+            assert isinstance(request, ActRequest)
+            requests.append(request)
+            futures.append(future)
+            rows += len(request)
+        try:
+            check_version(self._engine.version, first)
+            reply = timed_sample(self._engine, merge_requests(requests))
+        except Exception as error:  # noqa: BLE001 - whatever it is belongs to the callers, who wait on the futures
+            for future in futures:
+                future.set_exception(error)
+            return
+        for future, part in zip(futures, split_reply(reply, [len(r) for r in requests]), strict=True):
+            future.set_result(part)
+
+
+def _joins(first: ActRequest, job: object, rows: int, batch_size: int) -> bool:
+    return (
+        isinstance(job, ActRequest)
+        and rows + len(job) <= batch_size
+        and (job.temperature, job.policy_version, job.max_policy_lag)
+        == (first.temperature, first.policy_version, first.max_policy_lag)
+    )
+
+
+def _resolve(future: Future, job) -> None:  # noqa: ANN001 - a nullary callable
+    try:
+        future.set_result(job())
+    except Exception as error:  # noqa: BLE001 - belongs to the caller, who waits on the future
+        future.set_exception(error)

@@ -1,0 +1,149 @@
+"""The in-process PyTorch engine: serves merged weights, keeps the pristine base as a memory-mapped file."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int32
+from safetensors import safe_open
+from torch import Tensor
+
+from vlarl_ray.config import InferenceConfig
+from vlarl_ray.inference.base import LoadReport
+from vlarl_ray.models.action_tokens import action_logprobs, gumbel_noise
+from vlarl_ray.models.base import PolicyInputs, VLAModel
+from vlarl_ray.models.lora import merged_weight
+from vlarl_ray.models.policy import load_policy
+from vlarl_ray.types import ActReply, ActRequest
+from vlarl_ray.weights.canary import update_digests
+from vlarl_ray.weights.update import WeightUpdate
+
+_LOG = logging.getLogger(__name__)
+
+
+class TorchEngine:
+    """Samples action chunks with a `VLAModel` on CPU or GPU.
+
+    Args:
+        policy_dir: Policy folder that the learner started from too; its weights are the pristine base.
+        cfg: Precision, batch size, threads.
+        deterministic: Pad every batch to `cfg.batch_size` rows, so that a row's bits do not depend on its neighbours.
+        device: Torch device.
+    """
+
+    def __init__(
+        self, policy_dir: str | Path, cfg: InferenceConfig, *, deterministic: bool, device: str = "cpu"
+    ) -> None:
+        self._cfg = cfg
+        self._deterministic = deterministic
+        self._device = torch.device(device)
+        policy = load_policy(str(policy_dir), dtype=cfg.dtype, device=device)
+        self._model: VLAModel = policy.model.eval().requires_grad_(False)
+        self._parameters = dict(self._model.named_parameters())
+        self._pristine = Path(policy_dir) / "model.safetensors"
+        self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
+        self.version: int | None = None
+
+    def load(self, update: WeightUpdate) -> LoadReport:
+        """Merge from the pristine base, one tensor at a time, in fp32; replaced tensors are copied."""
+        start = time.perf_counter()
+        self.version = None  # a load that fails half-way must not answer
+        kept, asked = 0.0, 0.0
+        with torch.no_grad(), safe_open(self._pristine, framework="pt") as base:
+            for name, (a, b) in update.adapters.items():
+                pristine = base.get_tensor(name).float()
+                target = merged_weight(pristine, _tensor(a), _tensor(b), update.lora_scale)
+                self._assign(name, target)
+                delta = (target - pristine).double()
+                served = (self._parameters[name].float().cpu() - pristine).double()
+                kept += float((served * delta).sum())
+                asked += float((delta * delta).sum())
+            for name, value in update.tensors.items():
+                self._assign(name, _tensor(value))
+        self.version = update.version
+        return LoadReport(
+            version=update.version,
+            digests=update_digests(update),
+            delta_kept=kept / asked if asked else 1.0,
+            seconds=time.perf_counter() - start,
+        )
+
+    @torch.inference_mode()
+    def sample(self, request: ActRequest) -> ActReply:
+        """Sample in batches of at most `batch_size` rows."""
+        assert self.version is not None
+        parts = [self._sample_rows(request, rows) for rows in self._batches(len(request))]
+        actions, tokens, logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
+        return ActReply(
+            actions=actions.float().cpu().numpy(),
+            tokens=tokens.to(torch.int32).cpu().numpy(),
+            logprobs=logprobs.float().cpu().numpy(),
+            policy_version=self.version,
+        )
+
+    @torch.inference_mode()
+    def logprobs(self, request: ActRequest, tokens: Int32[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
+        """Teacher-forced log-probabilities of `tokens` at the request's temperature."""
+        parts = []
+        for rows in self._batches(len(request)):
+            taken = torch.from_numpy(tokens[rows].astype(np.int64)).to(self._device)
+            logits = self._model(self._inputs(request, rows), taken).logits
+            scored = action_logprobs(logits, self._model.token_bins(taken), request.temperature or 1.0)
+            parts.append(scored[: rows.stop - rows.start])
+        return torch.cat(parts).float().cpu().numpy()
+
+    def _batches(self, count: int) -> list[slice]:
+        size = self._cfg.batch_size
+        return [slice(lo, min(lo + size, count)) for lo in range(0, count, size)]
+
+    def _sample_rows(self, request: ActRequest, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        index = self._padded(rows)
+        gumbel = None
+        if request.temperature > 0:
+            shape = (self._model.num_action_tokens, self._model.num_bins)
+            gumbel = torch.from_numpy(gumbel_noise(request.noise_keys[index], shape)).to(self._device)
+        tokens, logprobs = self._model.sample(
+            self._inputs(request, index), temperature=request.temperature, gumbel=gumbel
+        )
+        count = rows.stop - rows.start
+        return self._model.decode_actions(tokens)[:count], tokens[:count], logprobs[:count]
+
+    def _padded(self, rows: slice) -> np.ndarray:
+        index = np.arange(rows.start, rows.stop)
+        if self._deterministic and len(index) < self._cfg.batch_size:
+            index = np.concatenate([index, np.full(self._cfg.batch_size - len(index), index[0])])
+        return index
+
+    def _inputs(self, request: ActRequest, rows: slice | np.ndarray) -> PolicyInputs:
+        index = np.arange(len(request))[rows]
+        encoded = [self._prompt(request.instructions[i]) for i in index]
+        return PolicyInputs(
+            images=torch.from_numpy(request.images[index]),
+            prompt_ids=torch.cat([ids for ids, _ in encoded]),
+            prompt_lengths=torch.cat([length for _, length in encoded]),
+            proprio=torch.from_numpy(request.proprio[index]),
+        ).to(self._device)
+
+    def _prompt(self, instruction: str) -> tuple[Tensor, Tensor]:
+        if instruction not in self._prompts:
+            self._prompts[instruction] = self._model.encode_prompts([instruction])
+        return self._prompts[instruction]
+
+    def _assign(self, name: str, value: Tensor) -> None:
+        parameter = self._parameters.get(name)
+        if parameter is None:
+            raise ValueError(f"weight update names {name!r}, which the served model does not have.")
+        if parameter.shape != value.shape:
+            raise ValueError(
+                f"weight update: {name!r} has shape {tuple(value.shape)}, the model's is {tuple(parameter.shape)}."
+            )
+        parameter.copy_(value)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    # A copy: arrays from the object store are read-only, which torch does not support.
+    return torch.from_numpy(np.array(array, dtype=np.float32))
