@@ -30,4 +30,6 @@ class WeightUpdate:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(a.nbytes + b.nbytes for a, b in self.adapters.values()) + sum(t.nbytes for t in self.tensors.values())
+        return sum(a.nbytes + b.nbytes for a, b in self.adapters.values()) + sum(
+            t.nbytes for t in self.tensors.values()
+        )
