@@ -95,8 +95,8 @@ class ModelConfig:
     """Llama attention heads."""
     num_kv_heads: Positive = 4
     """Llama key/value heads."""
-    text_vocab_size: Annotated[int, Field(ge=256)] = 288
-    """Text ids of the tokenizer; the vocabulary is these, then the action bins, then padding to `pad_to_multiple_of`."""
+    text_vocab_size: Annotated[int, Field(ge=256)] = 511
+    """Text ids of the tokenizer; action bins follow them, then one padding id, then rows up to `pad_to_multiple_of`."""
     pad_to_multiple_of: Positive = 64
     """The embedding matrix is rounded up to a multiple of this."""
     num_action_bins: Annotated[int, Field(ge=2)] = 256
@@ -107,8 +107,10 @@ class ModelConfig:
     """Env steps K per decision."""
     decoding: Literal["autoregressive", "parallel"] = "parallel"
     """`parallel` predicts all K*D tokens in one pass from learned query embeddings."""
-    max_prompt_tokens: Positive = 48
-    """Prompts are padded to this many text tokens, so that shapes never vary; longer ones are refused."""
+    max_prompt_tokens: Positive = 16
+    """Prompts are padded to this many tokens, so that shapes never vary; longer ones are refused."""
+    official_unused: bool = False
+    """Carry the parameters that official checkpoints hold but never use (last vision blocks, final norms, pooling)."""
     value_hidden_sizes: tuple[Positive, ...] = (128, 64)
     """Hidden widths of the value head (ReLU MLP, fp32)."""
 
@@ -163,6 +165,8 @@ class AlgorithmConfig:
     """GAE trace decay."""
     discount_mode: Literal["per_chunk", "smdp"] = "per_chunk"
     """`smdp` discounts by gamma^(executed env steps), inside the chunk too."""
+    old_logprobs: Literal["engine", "learner"] = "engine"
+    """Reference of the ratio: the engine's (equal to the learner's in fp32), or the learner's own (for bf16)."""
     ratio_level: Literal["token", "action", "chunk"] = "action"
     """One importance ratio per token, per env action or per chunk."""
     clip_ratio_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -331,6 +335,10 @@ class ClusterConfig:
 
     address: str | None = None
     """Cluster to join; None joins the one a job was submitted to, else starts a local one."""
+    dashboard: bool = False
+    """Start the dashboard with a locally started Ray (about 1 GB of memory)."""
+    elastic: bool = False
+    """An autoscaler may add nodes: wait up to `placement_timeout_s` for resources that are not there yet."""
     object_store_bytes: Positive = 1024 * 1024 * 1024
     """Object store of a locally started Ray."""
     cpus_per_worker: NonNegativeFloat = 0.5

@@ -1,0 +1,189 @@
+"""The Ray actors: thin shells around `EnvWorker`, `InferenceServer` and `Learner`, which know nothing of Ray.
+
+Imports of torch and of simulators happen inside the actors, so an env worker never loads torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray
+
+from vlarl_ray.config import ExperimentConfig
+from vlarl_ray.types import ActReply, ActRequest, FrameRef, TaskSpec, Trajectory
+from vlarl_ray.weights.update import WeightUpdate
+
+_LOG = logging.getLogger(__name__)
+
+
+class RemoteClient:
+    """Sends the requests of one env worker to one inference server."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    def act(self, request: ActRequest) -> Future[ActReply]:
+        """Send a request; Ray resolves the future from a thread of its own."""
+        return self._server.act.remote(request).future()
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0)
+class EnvWorkerActor:
+    """An env worker: episodes come in as calls, one thread runs the simulators and holds their GL context."""
+
+    def __init__(self, cfg: ExperimentConfig, index: int, server: Any) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        self._inbox: queue.SimpleQueue[tuple[TaskSpec, Callable[[Any], None]]] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(cfg, index, server), name="simulators", daemon=True)
+        self._thread.start()
+
+    async def run_episode(self, task: TaskSpec) -> tuple[Any, FrameRef]:
+        """Run one episode; returns (trajectory without frames, frames), or (failure, None)."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future = loop.create_future()
+        self._inbox.put((task, lambda outcome: loop.call_soon_threadsafe(done.set_result, outcome)))
+        outcome = await done
+        if isinstance(outcome, Exception):
+            raise outcome
+        if isinstance(outcome, Trajectory):
+            return replace(outcome, frames=None), outcome.frames
+        return outcome, None
+
+    async def describe(self) -> dict[str, Any]:
+        """Process id and GPUs of this worker."""
+        return {"pid": os.getpid(), "gpu_ids": ray.get_gpu_ids()}
+
+    def _run(self, cfg: ExperimentConfig, index: int, server: Any) -> None:
+        from vlarl_ray.envs import make_suite
+        from vlarl_ray.rollout.env_worker import EnvWorker
+
+        waiting: dict[tuple[str, int, int], Callable[[Any], None]] = {}
+        try:
+            gpu_ids = ray.get_gpu_ids()
+            suite = make_suite(cfg.env, egl_device_id=int(gpu_ids[0]) if gpu_ids else None)
+            worker = EnvWorker(
+                suite.make_env,
+                RemoteClient(server),
+                num_envs=cfg.rollout.envs_per_worker,
+                index=index,
+                deadline_s=cfg.inference.deadline_s,
+            )
+            while True:
+                while worker.is_idle or not self._inbox.empty():
+                    task, answer = self._inbox.get()
+                    waiting[task.identity] = answer
+                    worker.submit(task)
+                for outcome in worker.turn():
+                    waiting.pop(outcome.task.identity)(outcome)
+        except Exception as error:
+            # The thread is the worker: without it every call must fail, now and later.
+            _LOG.exception("env worker %d stopped", index)
+            for answer in waiting.values():
+                answer(error)
+            while True:
+                _, answer = self._inbox.get()
+                answer(error)
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class InferenceServerActor:
+    """An inference server: concurrent calls are batched on one engine."""
+
+    def __init__(self, cfg: ExperimentConfig, policy_dir: str) -> None:
+        import torch
+
+        from vlarl_ray.inference.base import InferenceServer
+        from vlarl_ray.registry import ENGINES, resolve
+
+        torch.set_num_threads(cfg.inference.num_threads)
+        engine_class = resolve(ENGINES, cfg.inference.engine, what="inference.engine")
+        engine = engine_class(
+            policy_dir,
+            cfg.inference,
+            deterministic=cfg.trust.deterministic,
+            device=pick_device(cfg.inference.device),
+        )
+        self._server = InferenceServer(
+            engine, batch_size=cfg.inference.batch_size, batch_window_ms=cfg.inference.batch_window_ms
+        )
+
+    async def act(self, request: ActRequest) -> ActReply:
+        """Answer one worker's half."""
+        return await asyncio.wrap_future(self._server.act(request))
+
+    async def load(self, update: WeightUpdate) -> Any:
+        """Merge new weights; returns a `LoadReport`."""
+        return await asyncio.wrap_future(self._server.load(update))
+
+    async def logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
+        """Score the probe batch."""
+        return await asyncio.wrap_future(self._server.logprobs(request, tokens))
+
+    async def describe(self) -> dict[str, Any]:
+        """Process id and GPUs of this server."""
+        return {"pid": os.getpid(), "gpu_ids": ray.get_gpu_ids()}
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class LearnerRankActor:
+    """One rank of the learner group."""
+
+    def __init__(self, cfg: ExperimentConfig, policy_dir: str, rank: int, world_size: int) -> None:
+        self._args = (cfg, policy_dir, rank, world_size)
+        self._learner: Any = None
+
+    def pick_address(self) -> tuple[str, int]:
+        """Choose where the process group meets; called on rank 0."""
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, address: tuple[str, int]) -> None:
+        """Build the model, shard it and join the process group."""
+        import torch
+
+        from vlarl_ray.learner.build import build_learner
+
+        cfg, policy_dir, rank, world_size = self._args
+        torch.set_num_threads(cfg.learner.num_threads)
+        self._learner = build_learner(
+            cfg,
+            policy_dir,
+            rank=rank,
+            world_size=world_size,
+            store_address=address,
+            device=pick_device(cfg.learner.device),
+        )
+
+    def run(self, method: str, *args: Any) -> Any:
+        """Call a method of the learner."""
+        return getattr(self._learner, method)(*args)
+
+    def run_with_fetch(self, method: str, *args: Any) -> Any:
+        """Call a method of the learner that pulls frames from the object store."""
+        return getattr(self._learner, method)(*args, lambda references: ray.get(list(references)))
+
+    def describe(self) -> dict[str, Any]:
+        """Process id and GPUs of this rank."""
+        return {"pid": os.getpid(), "gpu_ids": ray.get_gpu_ids()}
+
+
+def pick_device(wanted: str) -> str:
+    """Resolve `auto` to the GPU this process was assigned, if any."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"

@@ -1,0 +1,88 @@
+"""Build the distributed parts of a run as Ray actors, and take them down."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from vlarl_ray.config import ExperimentConfig
+from vlarl_ray.remote.actors import EnvWorkerActor, InferenceServerActor, LearnerRankActor
+from vlarl_ray.remote.cluster import Places, check_resources, reserve
+from vlarl_ray.remote.pool import RayPool
+from vlarl_ray.remote.transport import RayTransport
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class RemoteSystem:
+    """Handles of every actor of a run."""
+
+    pool: RayPool
+    servers: list[Any]
+    ranks: list[Any]
+    workers: list[Any]
+    transport: RayTransport
+    places: Places
+
+    def process_ids(self) -> list[int]:
+        """Process ids of all actors on this machine (for the memory figure)."""
+        calls = [actor.describe.remote() for actor in (*self.workers, *self.servers, *self.ranks)]
+        return [answer["pid"] for answer in ray.get(calls, timeout=120)]
+
+    def close(self) -> None:
+        """End all actors and give their places back."""
+        for actor in (*self.workers, *self.servers):
+            ray.kill(actor)
+        for rank in self.ranks:
+            # Killed rather than asked: a rank that shares a gloo group may abort at interpreter exit.
+            ray.kill(rank)
+        self.places.release()
+
+
+def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
+    """Reserve places, start the actors and connect them.
+
+    Raises:
+        ClusterTooSmallError: If there is no room; nothing is left running.
+    """
+    check_resources(cfg, ray.cluster_resources(), elastic=cfg.cluster.elastic)
+    places = reserve(cfg)
+    cluster = cfg.cluster
+    servers = [
+        InferenceServerActor.options(
+            num_cpus=cluster.cpus_per_server,
+            num_gpus=cluster.gpus_per_server,
+            scheduling_strategy=_bundle(places.inference, index),
+        ).remote(cfg, policy_dir)
+        for index in range(cfg.inference.num_servers)
+    ]
+    workers = [
+        EnvWorkerActor.options(
+            num_cpus=cluster.cpus_per_worker,
+            num_gpus=cluster.gpus_per_worker,
+            scheduling_strategy="SPREAD" if bundle is None else _bundle(places.inference, bundle),
+        ).remote(cfg, index, servers[index % len(servers)])
+        for index, bundle in enumerate(places.worker_bundle)
+    ]
+    ranks = [
+        LearnerRankActor.options(
+            num_cpus=cluster.cpus_per_rank,
+            num_gpus=cluster.gpus_per_rank,
+            scheduling_strategy=_bundle(places.learner, rank),
+        ).remote(cfg, policy_dir, rank, cfg.learner.num_ranks)
+        for rank in range(cfg.learner.num_ranks)
+    ]
+    transport = RayTransport()
+    [address] = transport.get([ranks[0].pick_address.remote()], timeout_s=120, what="starting learner rank 0")
+    transport.get([rank.start.remote(address) for rank in ranks], timeout_s=300, what="starting the learner group")
+    pool = RayPool(workers, seats_per_worker=cfg.rollout.envs_per_worker, deadline_s=cfg.rollout.episode_deadline_s)
+    return RemoteSystem(pool, servers, ranks, workers, transport, places)
+
+
+def _bundle(group: Any, index: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
