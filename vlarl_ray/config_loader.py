@@ -127,8 +127,9 @@ def _parse_yaml(text: str) -> Any:
 def _read_preset(preset: str, problems: list[Problem]) -> dict[str, Any]:
     path = Path(preset)
     if not path.is_file():
-        nearby = sorted(str(file) for file in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        problems.append(Problem((), f"preset {preset!r} is no file; {suggest(preset, nearby)}."))
+        nearby = [str(file) for folder in (path.parent, Path("jobs")) for file in folder.glob("*.y*ml")]
+        advice = suggest(preset, nearby) if nearby else "name a YAML file, or name none to start from the defaults"
+        problems.append(Problem((), f"preset {preset!r} is no file; {advice}."))
         return {}
     try:
         tree = _parse_yaml(path.read_text(encoding="utf-8"))

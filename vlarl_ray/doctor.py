@@ -1,0 +1,132 @@
+"""`vlarl doctor`: whether this machine can run a job, and for whatever it cannot, what to do."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlarl_ray.config import ClusterConfig
+from vlarl_ray.envs.gl import BACKENDS, GLUnavailableError, describe_gl
+
+_DISK_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Outcome of one check."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+    """What to do; only where `ok` is False."""
+
+    def __str__(self) -> str:
+        line = f"{'ok  ' if self.ok else 'FAIL'}  {self.name:14} {self.detail}"
+        return line if self.ok else f"{line}\n      fix: {self.fix}"
+
+
+def examine(run_dir: str) -> list[Finding]:
+    """Run every check.
+
+    Args:
+        run_dir: Folder that runs are to be written to (it need not exist).
+    """
+    checks: tuple[Callable[[], Finding], ...] = (
+        check_platform,
+        lambda: check_version("torch"),
+        lambda: check_version("ray"),
+        check_rendering,
+        lambda: check_disk(run_dir),
+        check_shared_memory,
+        lambda: check_token(os.environ),
+    )
+    return [check() for check in checks]
+
+
+def check_platform() -> Finding:
+    """Linux on x86-64 with Python 3.11 is what the lock file is for."""
+    detail = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    ok = platform.system() == "Linux" and platform.machine() == "x86_64" and sys.version_info[:2] == (3, 11)
+    return Finding("platform", ok, detail, "use Python 3.11 on Linux x86-64; nothing else was tested")
+
+
+def check_version(package: str) -> Finding:
+    """The installed version imports, and is the one that the package was tested with."""
+    wanted = _pinned(package)
+    try:
+        module = importlib.import_module(package)
+    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+        return Finding(package, False, f"does not import: {error}", f"pip install --no-deps '{package}=={wanted}'")
+    found = str(module.__version__)
+    detail = found + (f", CUDA {'works' if module.cuda.is_available() else 'absent'}" if package == "torch" else "")
+    ok = wanted is None or found.split("+")[0] == wanted
+    return Finding(package, ok, detail, f"tested with {wanted}: pip install --no-deps '{package}=={wanted}'")
+
+
+def check_rendering() -> Finding:
+    """One headless OpenGL draws; the run uses the first that does."""
+    failures = []
+    for backend in BACKENDS:
+        try:
+            return Finding("rendering", True, str(describe_gl(backend)))
+        except GLUnavailableError as error:
+            failures.append(str(error))
+    fix = "apt-get install libegl1 libgl1-mesa-dri (for EGL), or libosmesa6 (for OSMesa)"
+    return Finding("rendering", False, "; ".join(failures), fix)
+
+
+def check_disk(run_dir: str, wanted_bytes: int = _DISK_BYTES) -> Finding:
+    """The file system of the run folder is writable and has room for a run."""
+    if "://" in run_dir:
+        return Finding("disk", True, f"{run_dir} is remote: not checked")
+    folder = Path(run_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    detail = f"{free / 1024**3:.1f} GiB free at {folder}"
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", False, f"{folder} is not writable", "choose another --run-dir")
+    return Finding(
+        "disk", free >= wanted_bytes, detail, f"free {wanted_bytes / 1024**3:.0f} GiB, or choose another --run-dir"
+    )
+
+
+def check_shared_memory(mount: str = "/dev/shm", wanted_bytes: int = ClusterConfig().object_store_bytes) -> Finding:
+    """Ray's object store fits into shared memory; otherwise it falls back to the disk and is slow."""
+    if not Path(mount).is_dir():
+        return Finding("shared memory", False, f"{mount} is missing", f"mount a tmpfs at {mount}")
+    free = shutil.disk_usage(mount).free
+    detail = f"{free / 1024**3:.1f} GiB free at {mount}"
+    wanted = f"{wanted_bytes / 1024**3:.1f}"
+    fix = f"start the container with --shm-size={wanted}g or more, or lower cluster.object_store_bytes"
+    return Finding("shared memory", free >= wanted_bytes, detail, fix)
+
+
+def check_token(environ: Mapping[str, str]) -> Finding:
+    """Ray's token gives full control of a cluster: only its owner may read it, and clusters must ask for it."""
+    if environ.get("RAY_AUTH_MODE") == "disabled" and environ.get("RAY_ADDRESS"):
+        fix = "unset RAY_AUTH_MODE, or set it to token, here and on the cluster"
+        return Finding("token", False, "RAY_AUTH_MODE = disabled for the cluster of RAY_ADDRESS", fix)
+    path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not path.exists():
+        return Finding("token", True, f"none at {path}; a local Ray makes one")
+    mode = stat.S_IMODE(path.stat().st_mode)
+    return Finding("token", mode & 0o077 == 0, f"{path} has mode {mode:04o}", f"chmod 600 {path}")
+
+
+def _pinned(package: str) -> str | None:
+    """The exact version that our own metadata asks for."""
+    for line in importlib.metadata.requires("vlarl_ray") or []:
+        name, _, version = line.partition("==")
+        if name.split("[")[0] == package and ";" not in version:
+            return version
+    return None
