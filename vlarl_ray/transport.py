@@ -11,7 +11,7 @@ class Transport(Protocol):
     """Implemented by Ray in `remote/` and by `LocalTransport` in one process."""
 
     def call(self, target: Any, method: str, *args: Any) -> Any:
-        """Start `target.method(*args)`; returns a handle at once. References among `args` are passed on, not fetched."""
+        """Start `target.method(*args)`; returns a handle at once. Handles may be arguments of further calls."""
         ...
 
     def get(self, handles: Sequence[Any], *, timeout_s: float, what: str) -> list[Any]:

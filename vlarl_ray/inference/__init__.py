@@ -1,0 +1,1 @@
+"""Inference servers: batching, version fencing, engines."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -117,7 +118,7 @@ def split_reply(reply: ActReply, sizes: Sequence[int]) -> list[ActReply]:
             logprobs=reply.logprobs[lo:hi],
             inference_cpu_s=reply.inference_cpu_s * float(hi - lo) / float(bounds[-1]),
         )
-        for lo, hi in zip(bounds[:-1], bounds[1:], strict=True)
+        for lo, hi in pairwise(bounds)
     ]
 
 

@@ -1,0 +1,1 @@
+"""Everything that imports ray: actors, placement, transport, metrics sink."""

@@ -10,7 +10,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import ray
 
 from vlarl_ray.config import ExperimentConfig
-from vlarl_ray.types import ActReply, ActRequest, FrameRef, TaskSpec, Trajectory
+from vlarl_ray.types import ActReply, ActRequest, FrameRef, TaskSpec, TrainBatch, Trajectory
 from vlarl_ray.weights.update import WeightUpdate
 
 _LOG = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class EnvWorkerActor:
                     worker.submit(task)
                 for outcome in worker.turn():
                     waiting.pop(outcome.task.identity)(outcome)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever ends the thread must reach those who wait on it
             # The thread is the worker: without it every call must fail, now and later.
             _LOG.exception("env worker %d stopped", index)
             for answer in waiting.values():
@@ -167,17 +167,46 @@ class LearnerRankActor:
             device=pick_device(cfg.learner.device),
         )
 
-    def run(self, method: str, *args: Any) -> Any:
-        """Call a method of the learner."""
-        return getattr(self._learner, method)(*args)
+    def score(self, trajectories: Sequence[Trajectory]) -> Any:
+        """Score this rank's share."""
+        return self._learner.score(trajectories, _fetch)
 
-    def run_with_fetch(self, method: str, *args: Any) -> Any:
-        """Call a method of the learner that pulls frames from the object store."""
-        return getattr(self._learner, method)(*args, lambda references: ray.get(list(references)))
+    def update(self, batch: TrainBatch) -> dict[str, float]:
+        """Update the weights."""
+        return self._learner.update(batch, _fetch)
+
+    def weight_update(self, version: int) -> WeightUpdate | None:
+        """Gather what servers need; stays in the object store."""
+        return self._learner.weight_update(version)
+
+    def weight_update_summary(self, version: int) -> tuple[int, dict[str, str]]:
+        """Bytes and digests of the last weight update."""
+        return self._learner.weight_update_summary(version)
+
+    def logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
+        """Score the probe batch."""
+        return self._learner.logprobs(request, tokens)
+
+    def state_dict(self) -> Any:
+        """Collect everything training needs to go on."""
+        return self._learner.state_dict()
+
+    def load_state_dict(self, *state: Any) -> None:
+        """Restore `state_dict`."""
+        self._learner.load_state_dict(*state)
+
+    def shutdown(self) -> None:
+        """Leave the process group."""
+        self._learner.shutdown()
 
     def describe(self) -> dict[str, Any]:
         """Process id and GPUs of this rank."""
         return {"pid": os.getpid(), "gpu_ids": ray.get_gpu_ids()}
+
+
+def _fetch(references: Sequence[Any]) -> list[Any]:
+    """Resolve frame references; numpy arrays are views of shared memory, one copy a node."""
+    return ray.get(list(references))
 
 
 def pick_device(wanted: str) -> str:

@@ -132,8 +132,9 @@ def reserve(cfg: ExperimentConfig) -> Places:
             remove_placement_group(inference)
             remove_placement_group(learner)
             raise ClusterTooSmallError(
-                f"no place for the {name} within cluster.placement_timeout_s = {cluster.placement_timeout_s:g} s: wanted "
-                f"{group.bundle_specs}, the cluster has {ray.cluster_resources()}, of which free {ray.available_resources()}."
+                f"no place for the {name} within cluster.placement_timeout_s = {cluster.placement_timeout_s:g} s: "
+                f"wanted {group.bundle_specs}, the cluster has {ray.cluster_resources()}, "
+                f"of which free {ray.available_resources()}."
             )
     return Places(inference, learner, tuple(shares))
 

@@ -1,4 +1,4 @@
-"""Env workers as Ray actors: keeps their seats filled, notices deaths and hangs, and never waits on one worker alone."""
+"""Env workers as Ray actors: keeps their seats filled, notices deaths and hangs, never waits on one worker alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class RayPool:
 
     Args:
         workers: `EnvWorkerActor` handles.
-        seats_per_worker: Simulators of each; a few more tasks are queued so that a freed seat never waits for the driver.
+        seats_per_worker: Simulators of each; a few more tasks are queued, so that a freed seat need not wait for the
+            driver.
         deadline_s: An episode that takes longer counts as hung: its worker is killed (Ray restarts it) and all its
             episodes come back as failures, to be redone.
     """

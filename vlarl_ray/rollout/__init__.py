@@ -1,0 +1,1 @@
+"""Tasks, episodes, env workers and the ledger that accounts for them."""

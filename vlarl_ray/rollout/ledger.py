@@ -142,8 +142,8 @@ class RolloutLedger:
         if count >= self._max_attempts:
             self._pool.cancel_all()
             raise PoisonTaskError(
-                f"{failure.task.task_id}, {failure.task.split} initial state {failure.task.init_state_id} failed {count} times "
-                f"(rollout.max_attempts = {self._max_attempts}); last: {failure.reason}"
+                f"{failure.task.task_id}, {failure.task.split} initial state {failure.task.init_state_id} "
+                f"failed {count} times (rollout.max_attempts = {self._max_attempts}); last: {failure.reason}"
             )
         _LOG.warning("redoing slot %d of iteration %d: %s", failure.task.slot, failure.task.iteration, failure.reason)
         self.counters.redone += 1

@@ -1,4 +1,4 @@
-"""Which task from which initial state: a function of (seed, iteration) alone, so that a redone iteration is the same one."""
+"""Which task from which initial state: a function of (seed, iteration) alone, so a redone iteration is the same one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TaskSampler:
         self._run_id = run_id
 
     def training_tasks(self, iteration: int, *, version: int) -> list[TaskSpec]:
-        """Tasks of one iteration in slot order: tasks in equal shares, initial states without repeats while they last."""
+        """Draw an iteration in slot order: tasks in equal shares, initial states without repeats while they last."""
         rollout = self._cfg.rollout
         rng = np.random.default_rng([self._cfg.seed, iteration])
         task_ids = list(self._suite.task_ids)
@@ -36,24 +36,24 @@ class TaskSampler:
         for group in range(rollout.groups_per_update):
             task_id = task_ids[(first + group) % len(task_ids)]
             init_state = decks[task_id].pop()
-            for member in range(rollout.group_size):
-                tasks.append(
-                    TaskSpec(
-                        run_id=self._run_id,
-                        iteration=iteration,
-                        slot=group * rollout.group_size + member,
-                        group_id=group,
-                        suite=self._suite.name,
-                        task_id=task_id,
-                        instruction=self._suite.instruction(task_id),
-                        init_state_id=init_state,
-                        split="train",
-                        seed=self._cfg.seed,
-                        policy_version=version,
-                        max_env_steps=self._cfg.env.max_env_steps,
-                        temperature=rollout.temperature,
-                    )
+            tasks.extend(
+                TaskSpec(
+                    run_id=self._run_id,
+                    iteration=iteration,
+                    slot=group * rollout.group_size + member,
+                    group_id=group,
+                    suite=self._suite.name,
+                    task_id=task_id,
+                    instruction=self._suite.instruction(task_id),
+                    init_state_id=init_state,
+                    split="train",
+                    seed=self._cfg.seed,
+                    policy_version=version,
+                    max_env_steps=self._cfg.env.max_env_steps,
+                    temperature=rollout.temperature,
                 )
+                for member in range(rollout.group_size)
+            )
         return tasks
 
     def evaluation_tasks(self, cfg: EvaluationConfig, *, version: int) -> list[TaskSpec]:

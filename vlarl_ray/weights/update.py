@@ -14,8 +14,8 @@ class WeightUpdate:
     """Weights of version `version`, relative to the policy folder that learner and servers started from.
 
     Example:
-        >>> update = WeightUpdate(version=1, lora_scale=1.0, adapters={}, tensors={"value_head.0.weight": np.zeros((2, 2), "f4")})
-        >>> update.num_bytes
+        >>> head = np.zeros((2, 2), np.float32)
+        >>> WeightUpdate(version=1, lora_scale=1.0, adapters={}, tensors={"value_head.0.weight": head}).num_bytes
         16
     """
 

@@ -1,0 +1,235 @@
+"""Wire a run: the only place that knows every component, with Ray or without it."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlarl_ray.config import ExperimentConfig
+from vlarl_ray.config_loader import config_to_json, run_dir_of
+from vlarl_ray.envs import make_suite
+from vlarl_ray.envs.base import Suite
+from vlarl_ray.recorder import RunRecorder
+from vlarl_ray.rollout.ledger import EpisodePool, InlinePool, RolloutLedger
+from vlarl_ray.rollout.tasks import TaskSampler
+from vlarl_ray.summary import PeakMemory, RunSummary, describe_machine, installed_versions
+from vlarl_ray.transport import LocalTransport, Transport
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where episodes, servers and learner ranks run."""
+
+    pool: EpisodePool
+    servers: list[Any]
+    ranks: list[Any]
+    transport: Transport
+    sinks: list[Any]
+    process_ids: list[int]
+
+
+def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
+    """Run the whole experiment: warm start, evaluation, RL, evaluation, report.
+
+    Args:
+        cfg: A checked config.
+        inline: Run everything in this process, without Ray.
+        resume: Continue the run that is in the run folder.
+
+    Returns:
+        Exit code 0.
+    """
+    from vlarl_ray.report.html import write_report
+    from vlarl_ray.train import train
+
+    run_dir = prepare_run_dir(cfg)
+    start = time.perf_counter()
+    with PeakMemory() as memory:
+        suite = make_suite(cfg.env)
+        policy_dir, summary = warm_start(cfg, suite, run_dir)
+        with processes(cfg, policy_dir, inline=inline, memory=memory) as where:
+            recorder = RunRecorder(
+                run_dir,
+                cfg,
+                suite,
+                summary=summary,
+                memory=memory,
+                sinks=where.sinks,
+                resume=resume,
+                seconds_before=time.perf_counter() - start,
+            )
+            try:
+                train(cfg, build_system(cfg, suite, where, recorder))
+            finally:
+                recorder.close()
+    recorder.write_summary()
+    _LOG.info("report: %s", write_report(str(run_dir)))
+    return 0
+
+
+def run_collect(cfg: ExperimentConfig) -> int:
+    """Collect demonstrations into the run folder."""
+    from vlarl_ray.warm_start import demonstrations, expert_steps
+
+    demos = demonstrations(cfg, make_suite(cfg.env), prepare_run_dir(cfg))
+    _LOG.info("%d demonstrations, %.1f env steps each", len(demos), expert_steps(demos)[0])
+    return 0
+
+
+def run_sft(cfg: ExperimentConfig) -> int:
+    """Collect demonstrations and fine-tune a policy on them, into the run folder."""
+    run_dir = prepare_run_dir(cfg)
+    policy_dir, _ = warm_start(cfg, make_suite(cfg.env), run_dir)
+    _LOG.info("policy: %s", policy_dir)
+    return 0
+
+
+def run_evaluate(cfg: ExperimentConfig, policy: str | None) -> int:
+    """Evaluate a policy folder (or the run folder's own) on the held-out initial states, without Ray."""
+    from vlarl_ray.evaluate import evaluate
+
+    run_dir = prepare_run_dir(cfg)
+    suite = make_suite(cfg.env)
+    policy_dir = Path(policy) if policy is not None else run_dir / "policy"
+    with PeakMemory() as memory, processes(cfg, policy_dir, inline=True, memory=memory) as where:
+        recorder = RunRecorder(run_dir, cfg, suite, summary=new_summary(policy_dir), memory=memory)
+        system = build_system(cfg, suite, where, recorder)
+        system.weights.publish(0)
+        recorder.log_evaluation("evaluate", evaluate(cfg.evaluation, system, version=0), iteration=0)
+        recorder.close()
+    return 0
+
+
+def prepare_run_dir(cfg: ExperimentConfig) -> Path:
+    """Create the run folder and record the resolved config in it."""
+    run_dir = Path(run_dir_of(cfg))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.json").write_text(config_to_json(cfg), encoding="utf-8")
+    return run_dir
+
+
+def warm_start(cfg: ExperimentConfig, suite: Suite, run_dir: Path) -> tuple[Path, RunSummary]:
+    """Provide the policy to improve: the given one, or one fine-tuned on scripted demonstrations."""
+    if cfg.policy is not None:
+        return Path(cfg.policy), new_summary(Path(cfg.policy))
+    from dataclasses import replace
+
+    from vlarl_ray.warm_start import demonstrations, expert_steps, fine_tuned_policy
+
+    demos = demonstrations(cfg, suite, run_dir)
+    policy_dir = fine_tuned_policy(cfg, suite, demos, run_dir)
+    steps, by_task = expert_steps(demos)
+    return policy_dir, replace(
+        new_summary(policy_dir), expert_steps_to_success=steps, expert_steps_to_success_per_task=by_task
+    )
+
+
+def new_summary(policy_dir: Path) -> RunSummary:
+    """Start a summary with what is known before the run."""
+    return RunSummary(
+        model_bytes=(policy_dir / "model.safetensors").stat().st_size,
+        versions=installed_versions(),
+        machine=describe_machine(),
+    )
+
+
+@contextmanager
+def processes(cfg: ExperimentConfig, policy_dir: Path, *, inline: bool, memory: PeakMemory) -> Iterator[Processes]:
+    """Start env workers, servers and learner ranks; end them on leaving, however the run ends."""
+    with ExitStack() as stack:
+        yield _inline_processes(cfg, policy_dir, stack) if inline else _ray_processes(cfg, policy_dir, stack)
+
+
+def _ray_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack) -> Processes:
+    import ray
+
+    from vlarl_ray.remote.cluster import connect
+    from vlarl_ray.remote.metrics_sink import RayMetricsSink
+    from vlarl_ray.remote.system import build_remote
+
+    connect(cfg)
+    stack.callback(ray.shutdown)
+    remote = build_remote(cfg, str(policy_dir.resolve()))
+    stack.callback(remote.close)
+    return Processes(
+        remote.pool, remote.servers, remote.ranks, remote.transport, [RayMetricsSink(cfg.name)], remote.process_ids()
+    )
+
+
+def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack) -> Processes:
+    import torch
+
+    from vlarl_ray.inference.base import DirectClient
+    from vlarl_ray.learner.build import build_learner
+    from vlarl_ray.registry import ENGINES, resolve
+    from vlarl_ray.rollout.env_worker import EnvWorker
+
+    torch.set_num_threads(cfg.learner.num_threads)
+    if cfg.learner.num_ranks > 1:
+        _LOG.info(
+            "--inline: one learner rank instead of %d; the update is the same up to rounding", cfg.learner.num_ranks
+        )
+    engine_class = resolve(ENGINES, cfg.inference.engine, what="inference.engine")
+    engine = engine_class(str(policy_dir), cfg.inference, deterministic=cfg.trust.deterministic)
+    num_envs = cfg.rollout.num_workers * cfg.rollout.envs_per_worker
+    worker = EnvWorker(make_suite(cfg.env).make_env, DirectClient(engine), num_envs=num_envs)
+    stack.callback(worker.close)
+    learner = build_learner(cfg, policy_dir, rank=0, world_size=1, store_address=("127.0.0.1", _free_port()))
+    stack.callback(learner.shutdown)
+    return Processes(InlinePool(worker, capacity=num_envs + 2), [engine], [learner], LocalTransport(), [], [])
+
+
+def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder: RunRecorder) -> Any:
+    """Connect the components; the result is what `train` and `evaluate` work on."""
+    from vlarl_ray.learner.group import LearnerGroup
+    from vlarl_ray.registry import ALGORITHMS, resolve
+    from vlarl_ray.train import System
+    from vlarl_ray.weights.canary import make_probe
+    from vlarl_ray.weights.publisher import WeightPublisher
+
+    learner = LearnerGroup(where.ranks, where.transport, deadline_s=cfg.learner.deadline_s)
+    ledger = RolloutLedger(where.pool, max_attempts=cfg.rollout.max_attempts)
+    recorder.counters = ledger.counters
+    probe = make_probe(
+        [suite.instruction(task_id) for task_id in suite.task_ids],
+        image_shape=(1, cfg.env.image_size, cfg.env.image_size, 3),
+        proprio_dim=suite.proprio_dim,
+        first_token=cfg.model.text_vocab_size,
+        num_bins=cfg.model.num_action_bins,
+        num_tokens=cfg.model.chunk_length * cfg.model.action_dim,
+        seed=cfg.seed,
+    )
+    publisher = WeightPublisher(
+        learner,
+        where.servers,
+        where.transport,
+        probe=probe,
+        tolerance=cfg.trust.canary_tolerance,
+        deadline_s=cfg.inference.deadline_s,
+    )
+    run_id = f"{cfg.name}-seed{cfg.seed}"
+    return System(
+        cfg=cfg,
+        suite=suite,
+        sampler=TaskSampler(suite, cfg, run_id=run_id),
+        ledger=ledger,
+        algorithm=resolve(ALGORITHMS, cfg.algorithm.name, what="algorithm.name")(cfg.algorithm),
+        learner=learner,
+        weights=publisher,
+        recorder=recorder,
+        transport=where.transport,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

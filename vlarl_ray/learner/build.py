@@ -1,0 +1,46 @@
+"""Assemble one learner rank from a config and a policy folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlarl_ray.config import ExperimentConfig
+from vlarl_ray.learner.learner import Learner
+from vlarl_ray.models.lora import attach_lora
+from vlarl_ray.models.policy import load_policy
+from vlarl_ray.registry import ALGORITHMS, resolve
+
+
+def build_learner(
+    cfg: ExperimentConfig,
+    policy_dir: str | Path,
+    *,
+    rank: int,
+    world_size: int,
+    store_address: tuple[str, int] | None,
+    device: str = "cpu",
+) -> Learner:
+    """Load the policy, attach adapters, shard, and join the process group.
+
+    Args:
+        cfg: The run.
+        policy_dir: Policy folder that the run starts from.
+        rank: This rank.
+        world_size: Number of ranks.
+        store_address: Host and port where ranks meet; None in one process.
+        device: Torch device of this rank.
+    """
+    model = load_policy(str(policy_dir), dtype="float32", device=device).model
+    if cfg.learner.train == "lora":
+        attach_lora(model, cfg.learner.lora, seed=cfg.seed, critic=cfg.learner.critic)
+    algorithm = resolve(ALGORITHMS, cfg.algorithm.name, what="algorithm.name")(cfg.algorithm)
+    return Learner(
+        cfg.learner,
+        algorithm,
+        model,
+        rank=rank,
+        world_size=world_size,
+        store_address=store_address,
+        seed=cfg.seed,
+        device=device,
+    )

@@ -1,0 +1,123 @@
+"""The main loop: improve a policy for a number of updates. Version v = weights after v updates.
+
+            TaskSpec                Observation ->
+TaskSampler -------> EnvWorker xN <---------------> InferenceServer xM <-- WeightPublisher
+                        |              <- ActionChunk                            ^
+                        | Trajectory (frames by reference)                       | adapter + heads, version v
+                        v                                                        |
+                   RolloutLedger -- groups, in slot order --> Algorithm --> LearnerGroup (FSDP)
+                                                              make_batch   score, update
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlarl_ray.algorithms.base import Algorithm
+from vlarl_ray.config import ExperimentConfig
+from vlarl_ray.envs.base import Suite
+from vlarl_ray.evaluate import evaluate
+from vlarl_ray.learner.group import LearnerGroup
+from vlarl_ray.recorder import RunRecorder
+from vlarl_ray.rewards.control import shuffle_rewards
+from vlarl_ray.rollout.ledger import RolloutLedger
+from vlarl_ray.rollout.tasks import TaskSampler
+from vlarl_ray.transport import Transport
+from vlarl_ray.types import Scores, TrajectoryGroup
+from vlarl_ray.weights.publisher import WeightPublisher
+
+_LOG = logging.getLogger(__name__)
+
+
+class SamplerMismatchError(RuntimeError):
+    """Engine and learner disagree about the probability of sampled actions: every ratio would be biased."""
+
+
+@dataclass
+class System:
+    """The components of a run, wired by `launch`; they do not know each other or the loop."""
+
+    cfg: ExperimentConfig
+    suite: Suite
+    sampler: TaskSampler
+    ledger: RolloutLedger
+    algorithm: Algorithm
+    learner: LearnerGroup
+    weights: WeightPublisher
+    recorder: RunRecorder
+    transport: Transport
+
+
+def train(cfg: ExperimentConfig, system: System) -> None:
+    """Improve the policy until `cfg.num_iterations`, or until `cfg.max_rl_seconds` have passed.
+
+    Raises:
+        SamplerMismatchError: If the engine's log-probabilities are not the learner's.
+        CanaryError: If a server does not hold the published weights.
+    """
+    recorder, timer = system.recorder, system.recorder.timer
+    iteration, version = recorder.restore(system.learner, system.algorithm)  # 0, 0 on a fresh run
+    system.weights.publish(version)  # inference answers with these weights
+    if version == 0:
+        recorder.log_evaluation("warm_start", evaluate(cfg.evaluation, system, version=0), iteration=0)
+    while iteration < cfg.num_iterations and not recorder.is_out_of_time:
+        with timer("rollout"):
+            groups = system.ledger.take(system.sampler.training_tasks(iteration, version=version))
+        learned = shuffle_rewards(groups, seed=cfg.seed, iteration=iteration) if cfg.rollout.shuffle_rewards else groups
+        with timer("score"):
+            scores = system.learner.score([t for group in learned for t in group.trajectories])
+        ratios = check_sampler_ratio(learned, scores, tolerance=cfg.trust.sampler_ratio_tolerance)
+        with timer("batch"):
+            batch = system.algorithm.make_batch(learned, scores, version=version)
+        with timer("learn"):
+            losses = system.learner.update(batch)
+        iteration, version = iteration + 1, version + 1
+        with timer("publish"):
+            published = system.weights.publish(version)
+        recorder.log_update(iteration, version, groups, {**ratios, **losses, **published})
+        if version % cfg.checkpoint.every_updates == 0:
+            with timer("checkpoint"):
+                recorder.save(iteration, version, system.learner, system.algorithm)
+        if cfg.evaluation.every_updates and version % cfg.evaluation.every_updates == 0:
+            recorder.log_evaluation("update", evaluate(cfg.evaluation, system, version=version), iteration=iteration)
+    recorder.save(iteration, version, system.learner, system.algorithm)
+    recorder.log_evaluation("final", evaluate(cfg.evaluation, system, version=version), iteration=iteration)
+
+
+def check_sampler_ratio(
+    groups: Sequence[TrajectoryGroup], scores: Sequence[Scores], *, tolerance: float
+) -> dict[str, Any]:
+    """Compare two sources: exp(the learner's log-probability of each sampled chunk - the engine's), before any step.
+
+    Args:
+        groups: What the engine sampled.
+        scores: What the learner, under the same version, says of it.
+        tolerance: Largest accepted distance from 1.
+
+    Returns:
+        The largest distance from 1, and over how many decisions.
+
+    Raises:
+        SamplerMismatchError: If the distance exceeds `tolerance`, naming task, slot and decision.
+    """
+    worst, where, count = 0.0, "", 0
+    trajectories = [t for group in groups for t in group.trajectories]
+    for trajectory, score in zip(trajectories, scores, strict=True):
+        assert score.logprobs is not None
+        difference = np.where(trajectory.token_mask(), score.logprobs - trajectory.behaviour_logprobs, 0.0).sum(axis=1)
+        distance = np.abs(np.expm1(difference))
+        count += len(distance)
+        if not distance.max() <= worst:
+            worst = float(distance.max())
+            where = f"{trajectory.task.task_id}, slot {trajectory.task.slot}, decision {int(distance.argmax())}"
+    if not worst <= tolerance:
+        raise SamplerMismatchError(
+            f"sampler_ratio is {worst:.3g} away from 1 (allowed {tolerance:.3g}) at {where}: the engine samples from "
+            "another distribution than the learner scores (stale weights, temperature, preprocessing or precision)."
+        )
+    return {"learn/sampler_ratio_max_error": worst, "learn/sampler_ratio_decisions": float(count)}
