@@ -224,6 +224,7 @@ class TrainBatch:
     """One per trajectory."""
     trajectory_index: Int32[np.ndarray, " B"]
     decision_index: Int32[np.ndarray, " B"]
+    proprio: Float32[np.ndarray, "B P"]
     action_tokens: Int32[np.ndarray, "B L"]
     token_mask: Bool[np.ndarray, "B L"]
     """False for tokens of env steps that were never executed."""
@@ -233,6 +234,8 @@ class TrainBatch:
     returns: Float32[np.ndarray, " B"]
     """Value targets."""
     old_values: Float32[np.ndarray, " B"]
+    weights: Float32[np.ndarray, " B"]
+    """Length normalisation of the policy loss; 1 everywhere under `token_mean`."""
     num_actions_per_decision: int
     """K, to split L tokens into K actions."""
     temperature: float

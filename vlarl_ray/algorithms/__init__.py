@@ -1,0 +1,1 @@
+"""Policy-gradient algorithms: numbers in (`make_batch`), one pure loss out."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vlarl_ray.config import AlgorithmConfig
 from vlarl_ray.types import Scores, TrainBatch, TrajectoryGroup
 
 
 @dataclass(frozen=True)
 class LossRows:
-    """The rows of one micro-batch, as tensors on the learner's device. L tokens are K actions of D tokens, step-major."""
+    """The rows of one micro-batch, as tensors on the learner's device. L = K*D tokens of K actions, step-major."""
 
     logprobs: Float[Tensor, "B L"]
     """Of the taken tokens under the current weights (differentiable)."""
@@ -30,7 +31,7 @@ class LossRows:
     returns: Float[Tensor, " B"]
     token_mask: Bool[Tensor, "B L"]
     weights: Float[Tensor, " B"]
-    """0 for padding rows; also carries the length normalisation (see `TrainBatch`)."""
+    """0 for padding rows, else the length normalisation (`TrainBatch.weights`)."""
     num_actions: int
     """K."""
 
@@ -40,32 +41,45 @@ class Normalizers:
     """Global denominators of one minibatch, over all ranks: a loss is a masked sum divided by these."""
 
     ratios: float
-    """Weighted number of ratios (tokens, actions or chunks, by `ratio_level`)."""
+    """Number of executed ratios (tokens, actions or chunks, by `ratio_level`)."""
     tokens: float
-    """Weighted number of executed tokens."""
+    """Number of executed tokens."""
     rows: float
-    """Number of real rows."""
+    """Number of rows with an executed token."""
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Loss of one micro-batch (this rank's share) and what to report; every statistic is a sum to be divided globally."""
+    """Loss of one micro-batch and what to report; everything is divided by the global `Normalizers` already."""
 
     policy: Tensor
     """Scalar: policy terms (surrogate, entropy, KL)."""
     value: Tensor
     """Scalar: value loss, coefficient included."""
     sums: Mapping[str, Tensor]
-    """Detached scalars to be summed over micro-batches and ranks, named `<metric>`; divided by `denominators[metric]`."""
+    """Detached scalars whose sum over micro-batches and ranks is the metric of that name."""
     maxima: Mapping[str, Tensor]
     """Detached scalars to be maximised over micro-batches and ranks."""
 
 
+@runtime_checkable
 class Algorithm(Protocol):
     """`make_batch` runs on the driver and is numpy only; `loss` runs on the ranks and is pure."""
 
+    cfg: AlgorithmConfig
+    """The learner reads the update's schedule from it: epochs, minibatches, KL limit, critic warm-up."""
     needs: ClassVar[frozenset[str]]
-    """Which of `values`, `logprobs` the learner must score before `make_batch`."""
+    """Which of `values`, `logprobs` the learner must score before `make_batch`; without `values` there is no critic."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `loss` reads `LossRows.reference_logprobs`."""
+        ...
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether `loss` differentiates `LossRows.entropy`; otherwise it arrives detached."""
+        ...
 
     def make_batch(self, groups: Sequence[TrajectoryGroup], scores: Sequence[Scores], *, version: int) -> TrainBatch:
         """Compute advantages, value targets and masks. `scores` holds one entry per trajectory, in order."""

@@ -1,0 +1,126 @@
+"""From trajectories and per-decision advantages to a `TrainBatch`: what every algorithm's `make_batch` ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from vlarl_ray.algorithms.advantages import normalize_advantages
+from vlarl_ray.algorithms.policy_loss import count_ratios
+from vlarl_ray.config import AlgorithmConfig
+from vlarl_ray.types import Scores, TrainBatch, Trajectory, TrajectoryGroup, concatenate_rows
+
+
+def flatten_groups(groups: Sequence[TrajectoryGroup], scores: Sequence[Scores]) -> list[Trajectory]:
+    """List the trajectories of all groups, in order.
+
+    Raises:
+        ValueError: If there is no trajectory, or not one score for each.
+    """
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    if not trajectories or len(trajectories) != len(scores):
+        raise ValueError(
+            f"make_batch needs one score for each of >= 1 trajectories, "
+            f"got {len(trajectories)} trajectories and {len(scores)} scores."
+        )
+    return trajectories
+
+
+def build_batch(
+    cfg: AlgorithmConfig,
+    trajectories: Sequence[Trajectory],
+    scores: Sequence[Scores],
+    *,
+    advantages: Sequence[np.ndarray],
+    returns: Sequence[np.ndarray],
+    version: int,
+) -> TrainBatch:
+    """Stack decisions into rows, in the order of `trajectories`.
+
+    Args:
+        cfg: Says which log-probabilities the ratio refers to, whether advantages are normalised, and how lengths are.
+        trajectories: Of one update; all sampled at one temperature.
+        scores: One per trajectory; where `values` is None, old values and value targets are zero.
+        advantages: `f[S]` per trajectory.
+        returns: Value targets, `f[S]` per trajectory.
+        version: Of the weights that are about to be updated.
+
+    Raises:
+        ValueError: If temperatures differ, or `cfg.old_logprobs` asks for scores that are not there.
+    """
+    counts = [trajectory.num_decisions for trajectory in trajectories]
+    token_mask = concatenate_rows([trajectory.token_mask() for trajectory in trajectories])
+    rows = _float_rows(advantages)
+    return TrainBatch(
+        frames=tuple(trajectory.frames for trajectory in trajectories),
+        instructions=tuple(trajectory.task.instruction for trajectory in trajectories),
+        trajectory_index=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
+        decision_index=concatenate_rows([np.arange(n, dtype=np.int32) for n in counts]),
+        proprio=concatenate_rows([trajectory.proprio[:-1] for trajectory in trajectories]),
+        action_tokens=concatenate_rows([trajectory.tokens for trajectory in trajectories]),
+        token_mask=token_mask,
+        old_logprobs=_old_logprobs(cfg, trajectories, scores),
+        advantages=normalize_advantages(rows) if cfg.normalize_advantages else rows,
+        returns=_float_rows(returns),
+        old_values=_float_rows([_values(s, n) for s, n in zip(scores, counts, strict=True)]),
+        weights=_length_weights(cfg, trajectories, token_mask),
+        num_actions_per_decision=trajectories[0].rewards.shape[1],
+        temperature=_common_temperature(trajectories),
+        policy_version=version,
+    )
+
+
+def _length_weights(
+    cfg: AlgorithmConfig, trajectories: Sequence[Trajectory], token_mask: Bool[np.ndarray, "B L"]
+) -> Float32[np.ndarray, " B"]:
+    """Weight rows so that `sum(weight * loss) / number of ratios` is the normalisation `cfg` asks for.
+
+    With a plain count as the denominator, any minibatch is an unbiased estimate of the whole batch in all three modes.
+    """
+    if cfg.loss_normalization == "token_mean":
+        return np.ones(len(token_mask), np.float32)
+    level, num_actions = cfg.ratio_level, trajectories[0].rewards.shape[1]
+    counts = [trajectory.num_decisions for trajectory in trajectories]
+    per_row = count_ratios(token_mask, num_actions, level)
+    per_trajectory = np.add.reduceat(per_row, np.cumsum([0, *counts[:-1]]))
+    if cfg.loss_normalization == "fixed_horizon":
+        env_steps = np.array([trajectory.task.max_env_steps for trajectory in trajectories])
+        per_env_step = {"token": token_mask.shape[1] // num_actions, "action": 1, "chunk": 1 / num_actions}[level]
+        lengths = np.ceil(env_steps * per_env_step)
+    else:
+        lengths = per_trajectory
+    mean_length = per_trajectory.sum() / len(trajectories)
+    return np.repeat((mean_length / np.maximum(lengths, 1)).astype(np.float32), counts)
+
+
+def _old_logprobs(
+    cfg: AlgorithmConfig, trajectories: Sequence[Trajectory], scores: Sequence[Scores]
+) -> Float32[np.ndarray, "B L"]:
+    if cfg.old_logprobs == "engine":
+        return concatenate_rows([trajectory.behaviour_logprobs for trajectory in trajectories])
+    scored = [s.logprobs for s in scores if s.logprobs is not None]
+    if len(scored) != len(scores):
+        raise ValueError(
+            "algorithm.old_logprobs = 'learner' needs scored log-probabilities, which are missing; use 'engine'."
+        )
+    return concatenate_rows(scored)
+
+
+def _values(score: Scores, num_decisions: int) -> np.ndarray:
+    return np.zeros(num_decisions, np.float32) if score.values is None else score.values[:-1]
+
+
+def _common_temperature(trajectories: Sequence[Trajectory]) -> float:
+    temperatures = {trajectory.task.temperature for trajectory in trajectories}
+    if len(temperatures) != 1:
+        raise ValueError(
+            f"One update needs one sampling temperature, got {sorted(temperatures)}; "
+            "do not mix evaluation and training episodes."
+        )
+    return temperatures.pop()
+
+
+def _float_rows(arrays: Sequence[np.ndarray]) -> Float32[np.ndarray, " B"]:
+    return concatenate_rows(arrays).astype(np.float32)
