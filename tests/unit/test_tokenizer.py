@@ -1,0 +1,52 @@
+import pytest
+
+from vlarl_ray.models.tokenizer import PROMPT_PREFIX, PROMPT_SUFFIX, PromptTokenizer
+
+INSTRUCTIONS = ["close the drawer", "open the window", "press the button from the top"]
+
+
+def test_prompt_is_the_template_around_the_lower_cased_instruction():
+    tokenizer = PromptTokenizer.train(INSTRUCTIONS, vocab_size=511)
+    ids = tokenizer.encode("Open the WINDOW")
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[-1] == tokenizer.trailing_token_id
+    text = tokenizer.tokenizer.decode(ids[1:], skip_special_tokens=False)
+    assert text == f"{PROMPT_PREFIX}open the window{PROMPT_SUFFIX} "
+
+
+def test_known_words_are_one_token_each_and_any_other_text_encodes():
+    tokenizer = PromptTokenizer.train(INSTRUCTIONS, vocab_size=511)
+    assert len(tokenizer.encode("close the window")) == 4 + 3
+    strange = "Überquere das µ-Tor ✓ 你好 <|x|>"
+    decoded = tokenizer.tokenizer.decode(tokenizer.encode(strange)[1:-1], skip_special_tokens=True)
+    assert decoded == strange.lower()
+
+
+def test_the_order_of_instructions_does_not_matter_and_the_file_round_trips(tmp_path):
+    first = PromptTokenizer.train(INSTRUCTIONS, vocab_size=511)
+    second = PromptTokenizer.train(reversed([*INSTRUCTIONS, *INSTRUCTIONS]), vocab_size=511)
+    first.save(tmp_path / "a.json")
+    second.save(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    loaded = PromptTokenizer.load(tmp_path / "a.json")
+    assert loaded.encode("press something unknown") == first.encode("press something unknown")
+
+
+def test_ids_never_reach_the_action_tokens():
+    tokenizer = PromptTokenizer.train([f"{a} {b}" for a in "abcdefgh" for b in INSTRUCTIONS], vocab_size=270)
+    assert tokenizer.num_tokens <= 270
+
+
+def test_prompts_are_padded_on_the_right_and_long_ones_refused():
+    tokenizer = PromptTokenizer.train(INSTRUCTIONS, vocab_size=511)
+    ids, lengths = tokenizer.encode_batch(INSTRUCTIONS, max_tokens=12)
+    assert lengths.tolist() == [7, 7, 10]
+    assert ids.shape == (3, 12)
+    assert (ids[0, 7:] == 0).all()
+    with pytest.raises(ValueError, match="max_prompt_tokens = 9"):
+        tokenizer.encode_batch(INSTRUCTIONS, max_tokens=9)
+
+
+def test_a_vocabulary_without_room_for_all_bytes_is_refused():
+    with pytest.raises(ValueError, match="text_vocab_size = 256"):
+        PromptTokenizer.train(INSTRUCTIONS, vocab_size=256)
