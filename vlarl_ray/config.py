@@ -95,7 +95,7 @@ class ModelConfig:
     """Llama attention heads."""
     num_kv_heads: Positive = 4
     """Llama key/value heads."""
-    text_vocab_size: Annotated[int, Field(ge=256)] = 511
+    text_vocab_size: Positive = 511
     """Text ids of the tokenizer; action bins follow them, then one padding id, then rows up to `pad_to_multiple_of`."""
     pad_to_multiple_of: Positive = 64
     """The embedding matrix is rounded up to a multiple of this."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -58,6 +59,12 @@ class VLAModel(nn.Module, ABC):
     """K env steps per decision."""
     action_dim: int
     """D."""
+    first_action_token: int
+    """Vocabulary id of column 0 of `PolicyOutput.logits`."""
+    critic: Literal["shared", "separate"] = "shared"
+    """Whether the value is read from the policy's pass, or from another one with the critic's own adapters."""
+    detach_value: bool = False
+    """Whether value gradients stop at the backbone."""
 
     @abstractmethod
     def encode_prompts(self, instructions: Sequence[str]) -> tuple[Int64[Tensor, "B N"], Int64[Tensor, " B"]]:
@@ -104,4 +111,4 @@ class VLAModel(nn.Module, ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write a policy folder: `config.json`, `model.safetensors` (official names), tokenizer. LoRA must not be attached."""
+        """Write a policy folder: `config.json`, `model.safetensors` (official names), tokenizer. LoRA must be off."""

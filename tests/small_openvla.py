@@ -1,0 +1,36 @@
+"""An OpenVLA of some ten thousand parameters, observations and noise for it."""
+
+import dataclasses
+
+import torch
+
+from vlarl_ray.config import ModelConfig, TowerConfig
+from vlarl_ray.models import PolicyInputs, new_policy
+
+INSTRUCTIONS = ["close the drawer", "open the window", "press the button from the top"]
+TOWER = TowerConfig(dim=16, depth=2, num_heads=2, mlp_dim=32)
+TINY = ModelConfig(
+    image_size=32, patch_size=8, dino=TOWER, siglip=TOWER, hidden_size=32, intermediate_size=48, num_layers=2,
+    num_heads=4, num_kv_heads=2, action_dim=3, chunk_length=2, max_prompt_tokens=12, value_hidden_sizes=(8,),
+)  # fmt: skip
+
+
+def tiny(seed=0, **changes):
+    """A model whose logits and values differ from zero by much more than rounding."""
+    model = new_policy(dataclasses.replace(TINY, **changes), INSTRUCTIONS, seed)
+    with torch.no_grad():
+        model.language_model.lm_head.weight.mul_(40)
+        model.value_head[-1].weight.normal_(generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def observations(model, batch=3, *, size=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (batch, 1, size, size, 3), dtype=torch.uint8, generator=generator)
+    ids, lengths = model.encode_prompts([INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(batch)])
+    return PolicyInputs(images, ids, lengths, torch.zeros(batch, 4))
+
+
+def noise(model, batch=3, seed=1):
+    uniform = torch.rand(batch, model.num_action_tokens, 256, generator=torch.Generator().manual_seed(seed))
+    return -torch.log(-torch.log(uniform.clamp(1e-6, 1 - 1e-6)))

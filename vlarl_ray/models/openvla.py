@@ -1,0 +1,256 @@
+"""OpenVLA: two vision towers, a projector, a Llama, 256 action bins; one class from a million to 7 billion weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Float, Float32, Int64, UInt8
+from torch import Tensor, nn
+
+from vlarl_ray.config import ModelConfig
+from vlarl_ray.models.action_tokens import ActionNormalizer, ActionTokenizer, action_logprobs, choose_columns
+from vlarl_ray.models.base import PolicyInputs, PolicyOutput, VLAModel
+from vlarl_ray.models.heads import ValueHead
+from vlarl_ray.models.llama import LanguageModel, LlamaDims
+from vlarl_ray.models.lora import CRITIC, adapters_disabled, use_adapter
+from vlarl_ray.models.tokenizer import PromptTokenizer
+from vlarl_ray.models.vit import VisionTransformer
+
+# ImageNet statistics rounded to bfloat16, as the released preprocessor configs have them.
+_DINO_MEAN, _DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
+_SIGLIP_MEAN, _SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+class VisionBackbone(nn.Module):
+    """DINOv2 and SigLIP towers on the same image, features concatenated."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        common = {
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "official_unused": config.official_unused,
+        }
+        self.featurizer = VisionTransformer(config.dino, num_register_tokens=config.num_register_tokens, **common)
+        self.fused_featurizer = VisionTransformer(config.siglip, num_register_tokens=None, **common)
+
+    def forward(self, pixels: Float[Tensor, "B 6 H W"]) -> Float[Tensor, "B P C"]:
+        """Return patch features; channels 0-2 are normalised for DINOv2, 3-5 for SigLIP."""
+        return torch.cat([self.featurizer(pixels[:, :3]), self.fused_featurizer(pixels[:, 3:])], dim=-1)
+
+
+class Projector(nn.Module):
+    """Three linear layers from vision features to Llama embeddings."""
+
+    def __init__(self, vision_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(vision_dim, 4 * vision_dim)
+        self.fc2 = nn.Linear(4 * vision_dim, hidden_size)
+        self.fc3 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, features: Float[Tensor, "B P C"]) -> Float[Tensor, "B P H"]:
+        """Project patch features."""
+        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features)))))
+
+
+class OpenVLA(VLAModel):
+    """OpenVLA with a value head.
+
+    A row's sequence is BOS, patches, the rest of its prompt, its action positions, then padding. Padding comes last, so
+    plain causal attention at positions 0, 1, 2, ... never sees it, and needs no masks or corrected positions. Logits of
+    action token i are read at the last prompt token (h0) for i = 0, at action position i-1 after; the value at h0.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: PromptTokenizer | None = None,
+        *,
+        normalizer: ActionNormalizer | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Build the model with arbitrary weights (see `new_policy` and `load_policy`).
+
+        Args:
+            config: Dimensions.
+            tokenizer: For `encode_prompts`; None where prompts come as ids.
+            normalizer: Between env units and [-1, 1]; None passes actions through.
+            metadata: JSON facts to keep with the weights, like camera and render profile of the training data.
+        """
+        super().__init__()
+        self.model_config = config
+        self.tokenizer = tokenizer
+        self.normalizer = normalizer or ActionNormalizer.identity(config.action_dim)
+        self.metadata = dict(metadata or {})
+        self.chunk_length, self.action_dim = config.chunk_length, config.action_dim
+        self.num_action_tokens = config.chunk_length * config.action_dim
+        self.action_tokenizer = ActionTokenizer(config.text_vocab_size + config.num_action_bins, config.num_action_bins)
+        self.first_action_token = self.action_tokenizer.first_token
+        self.num_patches = (config.image_size // config.patch_size) ** 2
+
+        self.vision_backbone = VisionBackbone(config)
+        self.projector = Projector(config.dino.dim + config.siglip.dim, config.hidden_size)
+        self.language_model = LanguageModel(
+            LlamaDims(
+                vocab_size=padded_vocab_size(config),
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_layers=config.num_layers,
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+            )
+        )
+        if config.decoding == "parallel" and self.num_action_tokens > 1:
+            self.action_queries = nn.Parameter(torch.zeros(self.num_action_tokens - 1, config.hidden_size))
+        self.value_head = ValueHead(config.hidden_size, config.value_hidden_sizes)
+
+    def encode_prompts(self, instructions: Sequence[str]) -> tuple[Int64[Tensor, "B N"], Int64[Tensor, " B"]]:
+        """Turn instructions into padded prompt ids and their lengths."""
+        if self.tokenizer is None:
+            raise ValueError(
+                "this model has no tokenizer, so it cannot encode instructions; pass prompt ids, or a tokenizer."
+            )
+        return self.tokenizer.encode_batch(instructions, max_tokens=self.model_config.max_prompt_tokens)
+
+    def forward(self, inputs: PolicyInputs, tokens: Int64[Tensor, "B L"] | None = None) -> PolicyOutput:
+        """Score: logits of every action position given `tokens` before it, and the value.
+
+        Raises:
+            ValueError: If decoding is autoregressive and `tokens` is None.
+        """
+        if self.model_config.decoding == "autoregressive" and tokens is None:
+            raise ValueError("tokens must be given: autoregressive decoding scores each token given those before it.")
+        embeddings = self._embed(inputs, tokens, num_slots=self.num_action_tokens - 1)
+        hidden, _ = self.language_model.model(embeddings, self._read_positions(inputs, self.num_action_tokens))
+        read_out = hidden[:, 0]
+        if self.critic == "separate":
+            with use_adapter(self, CRITIC):
+                read_out = self._read_out(inputs)
+        return PolicyOutput(self._action_logits(hidden), self.value_head(read_out, detach=self.detach_value))
+
+    def sample(
+        self, inputs: PolicyInputs, *, temperature: float, gumbel: Float[Tensor, "B L N"] | None
+    ) -> tuple[Int64[Tensor, "B L"], Float[Tensor, "B L"]]:
+        """Draw chunks, with their log-probabilities; the value head is not computed."""
+        with torch.no_grad():
+            if self.model_config.decoding == "parallel":
+                embeddings = self._embed(inputs, None, num_slots=self.num_action_tokens - 1)
+                read = self._read_positions(inputs, self.num_action_tokens)
+                logits = self._action_logits(self.language_model.model(embeddings, read)[0])
+                columns = choose_columns(logits, temperature=temperature, gumbel=gumbel)
+            else:
+                logits, columns = self._decode(inputs, temperature, gumbel)
+            return columns + self.first_action_token, action_logprobs(logits, columns, temperature=temperature)
+
+    def decode_actions(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B K D"]:
+        """Turn action tokens into env actions (fp32, env units)."""
+        actions = self.action_tokenizer.decode(tokens).view(-1, self.chunk_length, self.action_dim)
+        return self.normalizer.unnormalize(actions)
+
+    def encode_actions(self, actions: Float[Tensor, "B K D"]) -> Int64[Tensor, "B L"]:
+        """Turn env actions into action tokens."""
+        return self.action_tokenizer.encode(self.normalizer.normalize(actions)).flatten(1)
+
+    def fsdp_units(self) -> Iterator[nn.Module]:
+        """Yield the decoder layers, then the value head (alone, as it stays in fp32)."""
+        yield from self.language_model.model.layers
+        yield self.value_head
+
+    def adapters_disabled(self) -> AbstractContextManager[None]:
+        """Context in which the model is the one before LoRA (the reference policy)."""
+        return adapters_disabled(self)
+
+    def save(self, folder: Path) -> None:
+        """Write a policy folder: `config.json`, `model.safetensors`, `tokenizer.json`. LoRA must not be attached."""
+        from vlarl_ray.models.policy import save_policy  # policy.py builds models, so it imports this module
+
+        save_policy(self, folder)
+
+    @property
+    def unused_modules(self) -> tuple[str, ...]:
+        """Name prefixes of modules that are carried but not computed; they get no adapters."""
+        backbone = "vision_backbone"
+        towers = {"featurizer": self.model_config.dino, "fused_featurizer": self.model_config.siglip}
+        last_blocks = tuple(f"{backbone}.{name}.blocks.{tower.depth - 1}." for name, tower in towers.items())
+        return (*last_blocks, f"{backbone}.fused_featurizer.attn_pool.")
+
+    def preprocess(self, images: UInt8[Tensor, "B V H W 3"]) -> Float[Tensor, "B 6 S S"]:
+        """Scale frames to the model's size (bilinear, antialiased) and normalise them for both towers.
+
+        Raises:
+            ValueError: If there is more than one camera.
+        """
+        if images.shape[1] != 1:
+            raise ValueError(f"images hold {images.shape[1]} cameras per observation; this model takes 1.")
+        pixels = images[:, 0].permute(0, 3, 1, 2).to(torch.float32).div(255)
+        size = self.model_config.image_size
+        if pixels.shape[-2:] != (size, size):
+            pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        mean, std = (
+            pixels.new_tensor(values)[:, None, None] for values in (_DINO_MEAN + _SIGLIP_MEAN, _DINO_STD + _SIGLIP_STD)
+        )
+        return ((pixels.repeat(1, 2, 1, 1) - mean) / std).to(self.language_model.model.norm.weight.dtype)
+
+    def _embed(
+        self, inputs: PolicyInputs, tokens: Int64[Tensor, "B L"] | None, *, num_slots: int
+    ) -> Float[Tensor, "B T H"]:
+        """Lay out BOS, patches, text, `num_slots` action positions and padding (T = N + patches + slots)."""
+        patches = self.projector(self.vision_backbone(self.preprocess(inputs.images)))
+        ids = F.pad(inputs.prompt_ids, (0, num_slots))
+        slot = torch.arange(ids.shape[1], device=ids.device) - inputs.prompt_lengths[:, None]
+        is_slot, slot = (slot >= 0) & (slot < num_slots), slot.clamp(0, max(num_slots - 1, 0))
+        if num_slots and tokens is not None and self.model_config.decoding == "autoregressive":
+            ids = torch.where(is_slot, tokens.gather(1, slot), ids)
+        text = self.language_model.model.embed_tokens(ids)
+        if num_slots and self.model_config.decoding == "parallel":
+            text = torch.where(is_slot[..., None], F.embedding(slot, self.action_queries), text)
+        return torch.cat([text[:, :1], patches, text[:, 1:]], dim=1)
+
+    def _read_positions(self, inputs: PolicyInputs, count: int) -> Int64[Tensor, "B R"]:
+        """Positions of the last prompt token and the `count - 1` after it."""
+        last = inputs.prompt_lengths - 1 + self.num_patches
+        return last[:, None] + torch.arange(count, device=last.device)
+
+    def _read_out(self, inputs: PolicyInputs) -> Float[Tensor, "B H"]:
+        """Hidden state of the last prompt token (h0), from a pass over the prompt alone."""
+        return self.language_model.model(self._embed(inputs, None, num_slots=0), self._read_positions(inputs, 1))[0][
+            :, 0
+        ]
+
+    def _action_logits(self, hidden: Float[Tensor, "B R H"]) -> Float32[Tensor, "B R N"]:
+        last = self.first_action_token + self.model_config.num_action_bins
+        return self.language_model.lm_head(hidden)[..., self.first_action_token : last].float()
+
+    def _decode(
+        self, inputs: PolicyInputs, temperature: float, gumbel: Tensor | None
+    ) -> tuple[Float32[Tensor, "B L N"], Int64[Tensor, "B L"]]:
+        """Draw token by token with cached keys and values; returns the logits of every step and the columns drawn."""
+        decoder = self.language_model.model
+        positions = self._read_positions(inputs, self.num_action_tokens)
+        embeddings = self._embed(inputs, None, num_slots=self.num_action_tokens - 1)
+        hidden, caches = decoder(embeddings, positions[:, :1], keep_cache=True)
+        logits, columns = [], []
+        for index in range(self.num_action_tokens):
+            if index:
+                token = decoder.embed_tokens(columns[-1] + self.first_action_token)
+                hidden = decoder.decode(token[:, None], positions[:, index], caches)
+            logits.append(self._action_logits(hidden)[:, 0])
+            noise = None if gumbel is None else gumbel[:, index]
+            columns.append(choose_columns(logits[-1], temperature=temperature, gumbel=noise))
+        return torch.stack(logits, dim=1), torch.stack(columns, dim=1)
+
+
+def padded_vocab_size(config: ModelConfig) -> int:
+    """Rows of the embedding matrix: text ids, action bins, one padding id, rounded up.
+
+    Example:
+        >>> padded_vocab_size(ModelConfig(text_vocab_size=31744, num_action_bins=256, pad_to_multiple_of=64))
+        32064
+    """
+    used = config.text_vocab_size + config.num_action_bins + 1
+    return -(-used // config.pad_to_multiple_of) * config.pad_to_multiple_of

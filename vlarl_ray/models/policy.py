@@ -1,0 +1,280 @@
+"""Policies for users: make one, save it as a folder, load it from a folder or URI, act and score with it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from pydantic import TypeAdapter, ValidationError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vlarl_ray.config import ModelConfig
+from vlarl_ray.models.action_tokens import ActionNormalizer, action_logprobs, gumbel_noise
+from vlarl_ray.models.base import PolicyInputs
+from vlarl_ray.models.lora import lora_layers
+from vlarl_ray.models.openvla import OpenVLA
+from vlarl_ray.models.tokenizer import PromptTokenizer
+from vlarl_ray.models.vit import LayerScale
+from vlarl_ray.types import ActionChunk, Observation
+
+FORMAT = "vlarl_ray.policy.1"
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MAX_ROWS = 64
+"""Of one forward pass of `Policy`."""
+
+
+class Policy:
+    """A model in use: turns observations into action chunks, in one process, for notebooks and checks."""
+
+    def __init__(self, model: OpenVLA) -> None:
+        self.model = model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.value_head[0].weight.device  # type: ignore[return-value]
+
+    def act(
+        self, observations: Sequence[Observation], *, temperature: float = 0.0, seed: int | None = None
+    ) -> list[ActionChunk]:
+        """Choose one action chunk per observation.
+
+        Args:
+            observations: Any number of them.
+            temperature: 0 decodes greedily, and `logprobs` are then those of temperature 1.
+            seed: Of the sampling noise, unsigned 64 bits; None draws one. Row i's noise depends on (seed, i).
+        """
+        if seed is None:
+            seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+        chunks: list[ActionChunk] = []
+        for start in range(0, len(observations), _MAX_ROWS):
+            inputs = self._inputs(observations[start : start + _MAX_ROWS])
+            noise = None
+            if temperature > 0:
+                keys = np.array([[seed, start + row] for row in range(len(inputs.images))], dtype=np.uint64)
+                shape = (self.model.num_action_tokens, self.model.model_config.num_action_bins)
+                noise = torch.from_numpy(gumbel_noise(keys, shape)).to(self.device)
+            tokens, logprobs = self.model.sample(inputs, temperature=temperature, gumbel=noise)
+            rows = (self.model.decode_actions(tokens), tokens.int(), logprobs)
+            chunks += [ActionChunk(*row) for row in zip(*(values.cpu().numpy() for values in rows), strict=True)]
+        return chunks
+
+    def log_probs(
+        self, observations: Sequence[Observation], chunks: Sequence[ActionChunk], *, temperature: float = 1.0
+    ) -> Float32[np.ndarray, "B L"]:
+        """Score chunks: log-probability of each action token under the masked, tempered distribution.
+
+        Raises:
+            ValueError: If there is not one chunk per observation, or a chunk holds a token that is no action.
+        """
+        if len(chunks) != len(observations):
+            raise ValueError(
+                f"got {len(observations)} observations and {len(chunks)} chunks; give one chunk per observation."
+            )
+        scores = []
+        for start in range(0, len(observations), _MAX_ROWS):
+            tokens = torch.from_numpy(np.stack([chunk.tokens for chunk in chunks[start : start + _MAX_ROWS]])).long()
+            columns = self.model.action_tokenizer.columns(tokens).to(self.device)
+            with torch.no_grad():
+                output = self.model(self._inputs(observations[start : start + _MAX_ROWS]), tokens.to(self.device))
+            scores.append(action_logprobs(output.logits, columns, temperature=temperature).cpu().numpy())
+        return np.concatenate(scores) if scores else np.zeros((0, self.model.num_action_tokens), np.float32)
+
+    def save(self, folder: Path) -> None:
+        """Write a policy folder."""
+        self.model.save(folder)
+
+    def _inputs(self, observations: Sequence[Observation]) -> PolicyInputs:
+        prompt_ids, lengths = self.model.encode_prompts([observation.instruction for observation in observations])
+        images = torch.from_numpy(np.stack([observation.images for observation in observations]))
+        proprio = torch.from_numpy(np.stack([observation.proprio for observation in observations]))
+        return PolicyInputs(images, prompt_ids, lengths, proprio).to(self.device)
+
+
+def new_policy(
+    config: ModelConfig,
+    instructions: Iterable[str],
+    seed: int,
+    *,
+    normalizer: ActionNormalizer | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> OpenVLA:
+    """Make an untrained model; the same arguments give the same weights, bit for bit.
+
+    Args:
+        config: Dimensions.
+        instructions: Sentences that the tokenizer should encode in few tokens; others encode in more.
+        seed: Of the weights.
+        normalizer: Between env units and [-1, 1]; None passes actions through.
+        metadata: JSON facts to keep with the weights, such as camera and render profile.
+
+    Raises:
+        ValueError: If a prompt of `instructions` is longer than `config.max_prompt_tokens`.
+    """
+    tokenizer = PromptTokenizer.train(instructions, vocab_size=config.text_vocab_size)
+    tokenizer.encode_batch(list(instructions), max_tokens=config.max_prompt_tokens)
+    with torch.device("meta"):
+        model = OpenVLA(config, tokenizer, normalizer=normalizer, metadata=metadata)
+    model.to_empty(device="cpu")
+    _init_weights(model, seed)
+    return model
+
+
+def save_policy(model: OpenVLA, folder: Path) -> None:
+    """Write `config.json`, `model.safetensors` (official names) and `tokenizer.json`.
+
+    Raises:
+        ValueError: If adapters are attached; merge them into a plain model first.
+    """
+    if lora_layers(model):
+        raise ValueError(
+            "the model has adapters; a policy folder holds plain weights. Save the adapters, or merge them first."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {
+        "format": FORMAT,
+        "model": asdict(model.model_config),  # type: ignore[call-overload]
+        "action_statistics": asdict(model.normalizer),
+        "metadata": model.metadata,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if model.tokenizer is not None:
+        model.tokenizer.save(folder / "tokenizer.json")
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def load_policy(
+    folder_or_uri: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "cpu"
+) -> Policy:
+    """Load a policy folder.
+
+    Args:
+        folder_or_uri: Folder, or a `pyarrow.fs` URI of one (`s3://...`), which is copied to a temporary folder first.
+        dtype: Precision of everything but the value head, which stays fp32.
+        device: A torch device.
+
+    Raises:
+        FileNotFoundError: If a file of the folder is missing.
+        ValueError: If the files don't describe a policy: names, shapes and types of all tensors are checked.
+    """
+    return Policy(load_model(folder_or_uri, dtype=dtype, device=device))
+
+
+def load_model(
+    folder_or_uri: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "cpu"
+) -> OpenVLA:
+    """Load the bare model of a policy folder, to train or serve it; arguments and errors as in `load_policy`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
+    with _local(folder_or_uri) as folder:
+        description = _description(folder)
+        tokenizer_path = folder / "tokenizer.json"
+        with torch.device("meta"):
+            model = OpenVLA(
+                description["model"],
+                PromptTokenizer.load(tokenizer_path) if tokenizer_path.exists() else None,
+                normalizer=ActionNormalizer(**description["action_statistics"]),
+                metadata=description["metadata"],
+            )
+        tensors = _checked_tensors(folder / "model.safetensors", model, device)
+    model.load_state_dict(tensors, assign=True)
+    for name, module in model.named_children():
+        if name != "value_head":
+            module.to(DTYPES[dtype])
+    for parameter in model.parameters(recurse=False):
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    model.value_head.float()
+    return model
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; a policy folder holds config.json, model.safetensors and tokenizer.json."
+        )
+    try:
+        description = json.loads(path.read_text())
+        if description.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: format = {description.get('format')!r}, expected {FORMAT!r}; this is no policy folder."
+            )
+        description["model"] = TypeAdapter(ModelConfig).validate_python(description["model"])
+        description["action_statistics"] = {name: tuple(v) for name, v in description["action_statistics"].items()}
+        description.setdefault("metadata", {})
+    except (json.JSONDecodeError, KeyError, ValidationError) as error:
+        raise ValueError(f"{path} is damaged or from another version: {error}") from error
+    return description
+
+
+def _checked_tensors(path: Path, model: nn.Module, device: str) -> dict[str, Tensor]:
+    """Read tensors whose names, shapes and types are those of `model`."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; a policy folder holds config.json, model.safetensors and tokenizer.json."
+        )
+    expected = model.state_dict()
+    with safe_open(path, framework="pt", device=device) as file:
+        found = set(file.keys())
+        if found != expected.keys():
+            raise ValueError(
+                f"{path} holds other tensors than its config.json describes: missing "
+                f"{sorted(expected.keys() - found)[:3]}, unknown {sorted(found - expected.keys())[:3]}."
+            )
+        tensors = {name: file.get_tensor(name) for name in expected}
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}; its config.json says {tuple(expected[name].shape)}."
+            )
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(f"{path}: {name} has type {tensor.dtype}; allowed: {', '.join(DTYPES)}.")
+    return tensors
+
+
+@contextmanager
+def _local(folder_or_uri: str | Path) -> Iterator[Path]:
+    """Give a local copy of a folder behind a URI, or the folder itself."""
+    if "://" not in str(folder_or_uri):
+        yield Path(folder_or_uri)
+        return
+    from pyarrow import fs  # tens of MB that local folders don't need
+
+    with tempfile.TemporaryDirectory() as copy:
+        fs.copy_files(str(folder_or_uri), copy)
+        yield Path(copy)
+
+
+def _init_weights(model: OpenVLA, seed: int) -> None:
+    """Draw weights on the CPU in the order of module names."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(tensor: Tensor, std: float) -> None:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                normal(module.weight, module.weight[0].numel() ** -0.5)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                module.reset_parameters()
+            elif isinstance(module, LayerScale):
+                module.scale_factor.fill_(1.0)
+            else:
+                for parameter in module.parameters(recurse=False):
+                    normal(parameter, 0.02)
+        normal(model.language_model.lm_head.weight, 0.02)  # near-uniform actions at first
+        nn.init.zeros_(cast(nn.Linear, model.value_head[-1]).weight)  # value 0 at first
