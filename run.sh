@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Set up .venv, then run the main job on a laptop, or the tests:
+#   ./run.sh laptop [--section.field value ...]     ./run.sh test [pytest arguments]     ./run.sh setup
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+setup() {
+    local python=${PYTHON:-python3.11} stamp wanted
+    if [ ! -x .venv/bin/python ]; then
+        command -v "$python" > /dev/null || {
+            echo "Python 3.11 is needed, and '$python' is not there; install it, or name it: PYTHON=/path/to/python3.11 $0" >&2
+            exit 2
+        }
+        "$python" -m venv .venv
+    fi
+    wanted=$(cat requirements.lock pyproject.toml | sha256sum)
+    stamp=.venv/installed.sha256
+    [ "$(cat "$stamp" 2> /dev/null)" = "$wanted" ] && return
+    .venv/bin/python -m pip install --quiet --no-deps -r requirements.lock
+    # PyPI's torch is a CUDA build whose libraries the lock leaves out; the CPU build comes from PyTorch's own index
+    .venv/bin/python -c "import torch" 2> /dev/null || .venv/bin/python -m pip install --quiet --no-deps --force-reinstall \
+        --index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+    .venv/bin/python -m pip install --quiet --no-deps -e .
+    echo "$wanted" > "$stamp"
+}
+
+command=${1:-}
+[ $# -eq 0 ] || shift
+case $command in
+    setup)
+        setup
+        ;;
+    laptop)
+        setup
+        # each finding that is not ok names its fix; the run stops by itself where it cannot do without
+        .venv/bin/vlarl doctor || true
+        exec .venv/bin/vlarl train jobs/laptop.yaml "$@"
+        ;;
+    test)
+        setup
+        exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@"
+        ;;
+    *)
+        echo "usage: $0 laptop [--section.field value ...] | test [pytest arguments] | setup" >&2
+        exit 2
+        ;;
+esac
