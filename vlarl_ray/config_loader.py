@@ -23,7 +23,9 @@ from vlarl_ray.config import ExperimentConfig
 from vlarl_ray.config_checks import Problem, check_config
 from vlarl_ray.config_fields import field_docs, format_value
 from vlarl_ray.registry import suggest
-from vlarl_ray.run_folder import check_run_dir
+from vlarl_ray.run_folder import check_run_dir, run_dir_of
+
+__all__ = ["ConfigError", "Purpose", "config_from_json", "config_to_json", "load_config", "run_dir_of"]
 
 Purpose = Literal["train", "resume", "other"]
 
