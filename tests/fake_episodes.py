@@ -15,15 +15,9 @@ QUIET = MetricsConfig(tensorboard=False, progress=False)
 class FakeSuite:
     """Initial states that are nothing but their digests."""
 
-    name = "fake"
-    task_ids = TASKS
-
     def __init__(self, *, num_train=20, num_eval=50, shared=()):
         self._num = {"train": num_train, "eval": num_eval}
         self._shared = set(shared)
-
-    def instruction(self, task_id):
-        return task_id.replace("-", " ")
 
     def num_init_states(self, task_id, split):
         return self._num[split]
@@ -31,9 +25,6 @@ class FakeSuite:
     def init_state_hash(self, task_id, split, init_state_id):
         where = "both" if init_state_id in self._shared else split
         return hashlib.sha256(f"{task_id}/{where}/{init_state_id}".encode()).hexdigest()[:16]
-
-    def make_env(self):
-        raise NotImplementedError
 
 
 def make_task(task_id=TASKS[0], **changes):

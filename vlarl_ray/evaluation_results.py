@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from vlarl_ray.envs.base import Suite
 from vlarl_ray.evaluation_stats import EpisodeOutcome, TaskResult, results_table
 from vlarl_ray.metrics.catalogue import MetricValue
-from vlarl_ray.types import Trajectory
+from vlarl_ray.types import Split, Trajectory
 
 SplitLabel = Literal["held-out", "shared-init"]
 
 _T = TypeVar("_T")
+
+
+@runtime_checkable
+class InitialStates(Protocol):
+    """What an evaluation needs of `envs.base.Suite`."""
+
+    def num_init_states(self, task_id: str, split: Split) -> int:
+        """How many initial states the split holds; ids are 0..n-1."""
+        ...
+
+    def init_state_hash(self, task_id: str, split: Split, init_state_id: int) -> str:
+        """Digest of the initial state."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class EvaluationResult:
 
 
 def summarize_evaluation(
-    trajectories: Sequence[Trajectory], suite: Suite, *, task_ids: Sequence[str], states_per_task: int
+    trajectories: Sequence[Trajectory], suite: InitialStates, *, task_ids: Sequence[str], states_per_task: int
 ) -> EvaluationResult:
     """Condense the episodes of an evaluation, after checking that they are the whole enumeration and nothing else.
 
@@ -135,7 +147,7 @@ def _check_enumeration(trajectories: Sequence[Trajectory], task_ids: Sequence[st
             )
 
 
-def _check_digests(suite: Suite, task_ids: Sequence[str], states_per_task: int) -> set[tuple[str, str]]:
+def _check_digests(suite: InitialStates, task_ids: Sequence[str], states_per_task: int) -> set[tuple[str, str]]:
     """Digests of the evaluated states, by task; two equal ones would be one episode counted twice."""
     seen: dict[tuple[str, str], int] = {}
     for task_id in task_ids:
@@ -150,7 +162,7 @@ def _check_digests(suite: Suite, task_ids: Sequence[str], states_per_task: int) 
     return set(seen)
 
 
-def _training_digests(suite: Suite, task_ids: Sequence[str]) -> set[tuple[str, str]]:
+def _training_digests(suite: InitialStates, task_ids: Sequence[str]) -> set[tuple[str, str]]:
     return {
         (task_id, suite.init_state_hash(task_id, "train", state))
         for task_id in task_ids
