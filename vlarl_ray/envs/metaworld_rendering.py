@@ -1,0 +1,184 @@
+"""Draw Meta-World frames as cheaply as a CPU allows: one GL context per process, one set of meshes per scene file.
+
+`draw` is most of what an episode costs. The `fast` profile draws no shadows, reflections, sky, haze or multisampling,
+and thins meshes and textures to what the image can show; `full` is Meta-World's own look. Both leave physics alone:
+thinning happens on a copy of the model that only the GL context reads.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import importlib
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import mujoco as mujoco_library
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from vlarl_ray.envs.mesh_thinning import thin_for_drawing
+
+mujoco: Any = mujoco_library  # its names come from compiled modules without type information
+
+_MAX_GEOMS = 1000
+_IDENTICAL_FRAMES = 3
+_FROZEN_HAND_M = 0.1
+
+
+class FrameRenderer:
+    """Draws any simulator whose scene file it has seen or can load; use it from the thread that first draws.
+
+    Args:
+        backend: `egl` or `osmesa`, as `activate_gl` returned it.
+        image_size: Side of the frames, pixels.
+        camera: Name of a camera of the scene.
+        render_profile: `fast` or `full`.
+        thin_meshes: False keeps every triangle (for measurements).
+    """
+
+    def __init__(
+        self, backend: str, *, image_size: int, camera: str, render_profile: str, thin_meshes: bool = True
+    ) -> None:
+        self._is_fast = render_profile == "fast"
+        self._thin_meshes = thin_meshes and self._is_fast
+        self._size = image_size
+        self._camera_name = camera
+        self._view = mujoco.MjrRect(0, 0, image_size, image_size)
+        self._options = mujoco.MjvOption()
+        self._pixels = np.empty((image_size, image_size, 3), dtype=np.uint8)
+        self._thread = threading.get_ident()
+        self._scenes: dict[str, _Scene] = {}
+        self._gl = importlib.import_module(f"mujoco.{backend}").GLContext(image_size, image_size)
+        self._gl.make_current()
+        # Runs before MuJoCo's own exit hook, which was registered earlier and ends the display; after it freeing fails.
+        self._finalizer = weakref.finalize(self, _free, self._gl, self._scenes)
+        self._finalizer.atexit = False
+        atexit.register(self._finalizer)
+
+    def draw(self, scene_file: str, model: Any, data: Any) -> UInt8[np.ndarray, "1 H W 3"]:
+        """Draw one frame, upright.
+
+        Args:
+            scene_file: Identity of the scene; models of one file share meshes and textures.
+            model: MjModel of the simulator.
+            data: MjData of the simulator, with positions up to date.
+
+        Returns:
+            RGB; the caller owns it.
+
+        Raises:
+            RuntimeError: If called from another thread than the constructor.
+        """
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "rendering: a GL context belongs to the thread that made it; reset and observe all simulators of a "
+                "suite from one thread, or build one suite per thread."
+            )
+        scene = self._scenes.get(scene_file)
+        self._gl.make_current()  # another suite of this process may have drawn last
+        if scene is None:
+            scene = self._scenes[scene_file] = self._load(model)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, scene.context)
+        mujoco.mjv_updateScene(
+            model, data, self._options, None, scene.camera, mujoco.mjtCatBit.mjCAT_ALL, scene.geometry
+        )
+        mujoco.mjr_render(self._view, scene.geometry, scene.context)
+        mujoco.mjr_readPixels(self._pixels, None, self._view, scene.context)
+        # OpenGL rows run from the bottom up: reversing columns alone turns the picture by 180 degrees.
+        upright = self._pixels[:, ::-1] if scene.is_upside_down else self._pixels[::-1]
+        return upright[None].copy()
+
+    def close(self) -> None:
+        """Free meshes, textures and the GL context."""
+        self._finalizer()
+        atexit.unregister(self._finalizer)
+
+    def _load(self, model: Any) -> _Scene:
+        if self._thin_meshes:
+            drawn = thin_for_drawing(model, cell_m=_cell_m(self._size), max_texture_size=max(128, 2 * self._size))
+        else:
+            drawn = copy.copy(model)
+        drawn.vis.global_.offwidth = drawn.vis.global_.offheight = self._size
+        geometry = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
+        if self._is_fast:
+            quality = drawn.vis.quality
+            quality.shadowsize = quality.offsamples = 0
+            quality.numslices, quality.numstacks, quality.numquads = _roundness(self._size)
+            flags = mujoco.mjtRndFlag
+            for flag in (flags.mjRND_SHADOW, flags.mjRND_REFLECTION, flags.mjRND_SKYBOX, flags.mjRND_HAZE):
+                geometry.flags[flag] = 0
+        camera = mujoco.MjvCamera()
+        camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        camera.fixedcamid = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, self._camera_name)
+        if camera.fixedcamid < 0:
+            names = [model.camera(index).name for index in range(model.ncam)]
+            raise ValueError(f"env.camera = {self._camera_name!r}: the scene has {names}; take one of them.")
+        # Third row, second column: how far the camera's up axis points up. corner2's points down.
+        is_upside_down = bool(model.cam_mat0[camera.fixedcamid].reshape(3, 3)[2, 1] < -0.2)
+        return _Scene(mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_50), geometry, camera, is_upside_down)
+
+
+class FrameGuard:
+    """Notices frames that cannot be right: all black, or frozen while the robot moves."""
+
+    def __init__(self) -> None:
+        self._frame: UInt8[np.ndarray, "1 H W 3"] | None = None
+        self._hand: Float[np.ndarray, " 3"] | None = None
+        self._num_identical = 0
+
+    def check(
+        self, frame: UInt8[np.ndarray, "1 H W 3"], hand: Float[np.ndarray, " 3"], *, task_id: str, decision: int
+    ) -> None:
+        """Look at the next frame of an episode.
+
+        Identical frames are frozen only if the hand moved 10 cm (several pixels) while at least three followed each
+        other: a robot that stands still draws the same picture legitimately.
+
+        Raises:
+            RuntimeError: Naming task and decision.
+        """
+        if not frame.any():
+            raise RuntimeError(
+                f"rendering: the frame of {task_id} at decision {decision} is all black; the GL context is broken: "
+                "restart the worker, and see `vlarl doctor` for the backend."
+            )
+        if self._frame is None or self._hand is None or not np.array_equal(frame, self._frame):
+            self._frame, self._hand, self._num_identical = frame, hand.copy(), 0
+            return
+        self._num_identical += 1
+        if self._num_identical >= _IDENTICAL_FRAMES and np.abs(hand - self._hand).max() > _FROZEN_HAND_M:
+            raise RuntimeError(
+                f"rendering: the frame of {task_id} at decision {decision} is the same for {self._num_identical} "
+                "decisions although the robot moved; the GL context is broken, or env.camera does not see the robot."
+            )
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """GL resources and scene buffer of one scene file."""
+
+    context: Any
+    geometry: Any
+    camera: Any
+    is_upside_down: bool
+
+
+def _cell_m(image_size: int) -> float:
+    """Side of a thinning cell: about one pixel of the corner cameras, which see 2 m or so."""
+    return min(0.03, 1.92 / image_size)
+
+
+def _roundness(image_size: int) -> tuple[int, int, int]:
+    """Slices and stacks of spheres and cylinders, quads per box side (MuJoCo's own: 28, 16, 4)."""
+    return (12, 8, 1) if image_size <= 96 else (20, 12, 1)
+
+
+def _free(gl_context: Any, scenes: dict[str, _Scene]) -> None:
+    gl_context.make_current()
+    for scene in scenes.values():
+        scene.context.free()
+    scenes.clear()
+    gl_context.free()
