@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ValueError as error:
-        # the package's own ValueErrors say what to mend; any other one is a defect, and shows where it is
-        if not type(error).__module__.startswith("vlarl_ray."):
+        if not _is_for_the_user(error):
             traceback.print_exc()
             return EXIT_FAILURE
         print(error, file=sys.stderr)
@@ -64,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # noqa: BLE001 - the border of the process: whatever it is, it ends with its traceback
         traceback.print_exc()
         return EXIT_FAILURE
+
+
+def _is_for_the_user(error: ValueError) -> bool:
+    """Tell the package's own `raise ValueError`, which says what to mend, from a defect that surfaced as one."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return os.path.dirname(__file__) in frame.filename and (frame.line or "").startswith("raise ")
 
 
 def _split(tokens: list[str]) -> tuple[list[str], list[str]]:
@@ -157,14 +162,15 @@ def _collect(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
-    from vlarl_ray.config_loader import ConfigError
+    from vlarl_ray.config_loader import ConfigError, run_dir_of
 
     config = _config(args, overrides)
-    if config.policy is None:
-        raise ConfigError(["policy = null: name the policy folder to evaluate; add --policy FOLDER."])
+    own = os.path.join(run_dir_of(config), "policy")
+    if config.policy is None and not os.path.isdir(own):
+        raise ConfigError([f"policy = null: {own} is no folder; name the policy folder to evaluate (--policy FOLDER)."])
     from vlarl_ray import launch
 
-    return launch.run_evaluate(config, policy=config.policy)
+    return launch.run_evaluate(config, config.policy)
 
 
 def _report(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -201,7 +207,9 @@ COMMANDS = {
         flags=("--inline", "--resume"),
     ),
     "sft": Command("Fine-tune a new policy on demonstrations.", _sft),
-    "evaluate": Command("Evaluate a policy folder (--policy FOLDER) on held-out initial states.", _evaluate),
+    "evaluate": Command(
+        "Evaluate a policy (--policy FOLDER, or the run folder's own) on held-out initial states.", _evaluate
+    ),
     "collect": Command("Collect demonstrations with the scripted experts.", _collect),
     "report": Command("Write report.html of a run folder.", _report, takes_config=False),
     "doctor": Command("Check what this machine offers: OpenGL, torch, Ray, disk, memory.", _doctor, takes_config=False),

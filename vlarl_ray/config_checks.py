@@ -236,8 +236,11 @@ def _paths(cfg: ExperimentConfig, *, in_ray_job: bool) -> Iterator[Problem]:
     if cfg.policy is not None and Path(cfg.policy).is_dir() and not (Path(cfg.policy) / "config.json").is_file():
         yield Problem(("policy",), f"policy = {cfg.policy!r}: has no config.json, so it is no policy folder; name one.")
     run_dir = cfg.run_dir or ""
-    if in_ray_job and not os.path.isabs(run_dir) and "://" not in run_dir:
-        advice = "lies in the job's temporary folder and is lost with it; give an absolute path or a URI (--run-dir)"
+    if "://" in run_dir:
+        advice = "is a URI, but a run is written to folders only; mount the storage, and give the path (--run-dir)"
+        yield Problem(("run_dir",), f"run_dir = {run_dir!r}: {advice}.")
+    elif in_ray_job and not os.path.isabs(run_dir):
+        advice = "lies in the job's temporary folder and is lost with it; give an absolute path (--run-dir)"
         yield Problem(("run_dir",), f"run_dir = {cfg.run_dir!r} in a submitted Ray job: {advice}.")
     if cfg.metrics.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         advice = "wandb is not installed; run pip install 'vlarl_ray[wandb]', or leave this out"

@@ -30,12 +30,12 @@ def check_run_dir(config: ExperimentConfig, *, resume: bool) -> list[Problem]:
         resume: Whether to go on with a run that is there; otherwise the folder must hold none.
     """
     run_dir = run_dir_of(config)
-    text = _read_text(run_dir)
-    if text is None:
+    path = Path(run_dir) / CONFIG_FILE
+    if not path.is_file():
         return []
     try:
-        saved = json.loads(text)
-    except json.JSONDecodeError:
+        saved = json.loads(path.read_bytes())
+    except ValueError:
         saved = None
     if not isinstance(saved, dict):
         return [_problem(run_dir, f"its {CONFIG_FILE} is damaged; choose another --run-dir")]
@@ -52,21 +52,6 @@ def check_run_dir(config: ExperimentConfig, *, resume: bool) -> list[Problem]:
 
 def _problem(run_dir: str, advice: str) -> Problem:
     return Problem(("run_dir",), f"run_dir = {run_dir!r}: {advice}.")
-
-
-def _read_text(run_dir: str) -> str | None:
-    """Read the saved config; None if there is none."""
-    if "://" not in run_dir:
-        path = Path(run_dir) / CONFIG_FILE
-        return path.read_text(encoding="utf-8") if path.is_file() else None
-    from pyarrow import fs  # slow to import, and a local run folder does not need it
-
-    try:
-        system, base = fs.FileSystem.from_uri(run_dir)
-        with system.open_input_stream(f"{base.rstrip('/')}/{CONFIG_FILE}") as stream:
-            return stream.read().decode()
-    except FileNotFoundError:
-        return None
 
 
 def _differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -84,16 +84,22 @@ def test_a_malformed_command_line_is_a_user_error(argv, capsys):
 
 
 def test_evaluate_without_a_policy_and_report_without_a_folder_say_what_to_add(capsys):
-    assert main(["evaluate"]) == 2
-    assert "--policy FOLDER" in capsys.readouterr().err
+    assert main(["evaluate", "--run-dir", "nowhere"]) == 2
+    assert "nowhere/policy is no folder" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "vlarl report RUN_DIR" in capsys.readouterr().err
 
 
-def test_a_defect_ends_with_its_traceback_and_code_1(capsys, tmp_path):
-    (tmp_path / "config.json").write_bytes(b"\xff")  # not text: an error that no check foresees
-    assert main(["train", "--run-dir", str(tmp_path)]) == 1
-    assert "UnicodeDecodeError" in capsys.readouterr().err
+def test_a_defect_ends_with_its_traceback_and_code_1(capsys):
+    assert main(["report", "\0"]) == 1  # no path at all: an error that no check foresees
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_run_is_a_user_error_without_a_traceback(capsys, tmp_path):
+    assert main(["report", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "is no run folder" in err
+    assert "Traceback" not in err
 
 
 def test_a_pager_that_closes_early_is_no_error():
