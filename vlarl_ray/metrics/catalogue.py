@@ -63,54 +63,36 @@ _ROLLOUT = {
     ),
     "rollout/steps_to_success_all": Metric("env steps", "The same over all episodes, a failure counting the horizon."),
     "rollout/truncated_fraction": Metric("1", "Episodes cut off at the horizon / attempted episodes."),
-    "rollout/policy_lag": Metric("updates", "Version being updated minus the oldest version among the decisions."),
     "rollout/accept_rate": Metric("1", "Groups used for the update / groups attempted."),
     "rollout/num_groups": Metric("groups", "Groups used for the update."),
     "rollout/duplicates_dropped": Metric("episodes", "Results that arrived a second time and were ignored."),
     "rollout/episodes_redone": Metric("episodes", "Episodes run again after a crash or a deadline."),
     "rollout/workers_restarted": Metric("workers", "Env workers replaced during the iteration."),
-    "rollout/object_store_bytes": Metric("bytes", "Largest amount of frames that waited in the object store."),
     "throughput/env_steps_per_s": Metric("env steps/s", "Env steps / wall time of the rollout."),
     "throughput/decisions_per_s": Metric("decisions/s", "Decisions / wall time of the rollout."),
     "throughput/episodes_per_s": Metric("episodes/s", "Episodes / wall time of the rollout."),
-    "throughput/rows_per_s": Metric("rows/s", "Rows seen by the optimiser, every epoch counted, / time/learn_s."),
-    "throughput/inference_batch_rows": Metric("rows", "Mean number of observations in a forward pass of the server."),
 }
 
 _LEARN = {
-    "learn/loss": Metric("1", "Policy loss + value loss."),
-    "learn/policy_loss": Metric("1", "Policy terms of the loss (surrogate, entropy bonus, KL penalty)."),
-    "learn/surrogate_loss": Metric("1", "The clipped surrogate alone."),
-    "learn/value_loss": Metric("reward^2", "Value loss before its coefficient."),
+    "learn/policy_loss": Metric("1", "Policy terms of the loss: surrogate, entropy bonus, KL penalty."),
+    "learn/value_loss": Metric("1", "Value loss, its coefficient included."),
+    "learn/value_error": Metric("reward^2", "Value loss before its coefficient."),
     "learn/entropy": Metric("nats", "Mean entropy of the distributions over the action bins."),
     "learn/approx_kl": Metric("nats", "Mean of ratio - 1 - log ratio against the old policy (k3 estimator)."),
-    "learn/reference_kl": Metric("nats", "Mean estimated KL divergence from the reference policy."),
+    "learn/kl_to_reference": Metric("nats", "Mean estimated KL divergence from the reference policy."),
     "learn/clip_fraction": Metric("1", "Ratios outside the clip range / all ratios."),
-    "learn/ratio_mean": Metric("1", "Mean importance ratio."),
     "learn/ratio_max": Metric("1", "Largest importance ratio."),
-    "learn/explained_variance": Metric(
-        "1", "1 - var(returns - old values) / var(returns); null if returns are constant."
-    ),
-    "learn/value_clip_fraction": Metric("1", "Values outside the clip range / all values."),
-    "learn/value_mean": Metric("reward", "Mean old value."),
-    "learn/return_mean": Metric("reward", "Mean value target."),
-    "learn/advantage_mean": Metric("reward", "Mean advantage before normalisation."),
-    "learn/advantage_std": Metric("reward", "Standard deviation of the advantages before normalisation."),
-    "learn/actor_grad_norm": Metric("1", "Gradient norm of the policy before clipping, mean over optimiser steps."),
-    "learn/critic_grad_norm": Metric(
-        "1", "Gradient norm of the value head before clipping, mean over optimiser steps."
-    ),
-    "learn/actor_learning_rate": Metric("1", "Learning rate of the policy (0 during critic warm-up)."),
-    "learn/critic_learning_rate": Metric("1", "Learning rate of the value head."),
-    "learn/num_rows": Metric("rows", "Decisions in the batch."),
+    "learn/ratio_error": Metric("1", "Largest |ratio - 1| of a minibatch, mean over minibatches."),
+    "learn/first_ratio_error": Metric("1", "Largest |ratio - 1| of the first minibatch, before any step."),
+    "learn/explained_variance": Metric("1", "1 - var(returns - old values) / var(returns); 0 for constant returns."),
+    "learn/grad_norm_actor": Metric("1", "Gradient norm of the policy before clipping, mean over minibatches."),
+    "learn/grad_norm_critic": Metric("1", "Gradient norm of the value head before clipping, mean over minibatches."),
     "learn/num_optimizer_steps": Metric("steps", "Optimiser steps taken; fewer than planned where the KL stop fired."),
-    "learn/kl_stopped": Metric("0 or 1", "1 if the KL stop ended the update early."),
+    "learn/stopped_by_kl": Metric("0 or 1", "1 if the KL stop ended the update early."),
     "learn/critic_warmup": Metric("0 or 1", "1 if the actor was frozen in this update."),
-    "learn/micro_batches": Metric("passes", "Forward and backward passes of each rank."),
     "learn/sampler_ratio_max_error": Metric(
         "1", "Largest |exp(learner - engine log-probability) - 1|, before any step."
     ),
-    "learn/sampler_ratio_mean": Metric("1", "Mean of exp(learner - engine log-probability), before any step."),
     "learn/sampler_ratio_decisions": Metric("decisions", "Decisions that the sampler ratio was taken on."),
 }
 
@@ -119,10 +101,7 @@ _PUBLISH = {
     "publish/model_bytes": Metric("bytes", "The full model, for comparison."),
     "publish/delta_kept": Metric("1", "Projection of the served weight change on the trained one; 1 loses nothing."),
     "canary/max_abs_logprob_diff": Metric("nats", "Largest server - learner difference on the probe batch."),
-    "canary/max_abs_logprob_diff_previous": Metric("nats", "The same against the learner's previous version."),
-    "canary/noise": Metric("nats", "Largest difference between two answers of one server to the probe batch."),
     "memory/peak_bytes": Metric("bytes", "Largest summed memory of the run's processes on this machine so far."),
-    "memory/learner_peak_bytes": Metric("bytes", "Largest memory of a learner rank so far."),
     "time/gpu_s": Metric("GPU-s", "Reserved GPUs x wall time of the iteration."),
 }
 
