@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from vlarl_ray.cli import COMMANDS, main
+from vlarl_ray.cli import COMMANDS, _is_for_the_user, main
 from vlarl_ray.config import ExperimentConfig
 from vlarl_ray.config_loader import config_to_json
+from vlarl_ray.evaluation_stats import steps_to_success
 
 HEAVY = ("torch", "ray", "metaworld", "mujoco", "transformers", "pyarrow", "numpy")
 
@@ -91,8 +93,17 @@ def test_evaluate_without_a_policy_and_report_without_a_folder_say_what_to_add(c
 
 
 def test_a_defect_ends_with_its_traceback_and_code_1(capsys):
-    assert main(["report", "\0"]) == 1  # no path at all: an error that no check foresees
+    assert main(["train", "/proc/self/mem"]) == 1  # a file that cannot be read: an error that no check foresees
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_only_the_packages_own_value_errors_are_for_the_user():
+    with pytest.raises(ValueError, match="horizon") as own:
+        steps_to_success([9], 5)
+    with pytest.raises(ValueError, match="broadcast") as defect:
+        np.zeros(2) + np.zeros(3)
+    assert _is_for_the_user(own.value)
+    assert not _is_for_the_user(defect.value)
 
 
 def test_a_folder_that_holds_no_run_is_a_user_error_without_a_traceback(capsys, tmp_path):
