@@ -1,0 +1,1 @@
+"""The learner: ranks that score trajectories and update the sharded policy."""

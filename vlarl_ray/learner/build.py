@@ -31,8 +31,15 @@ def build_learner(
         device: Torch device of this rank.
     """
     model = load_policy(str(policy_dir), dtype="float32", device=device).model
+    model.detach_value = cfg.learner.detach_value
     if cfg.learner.train == "lora":
-        attach_lora(model, cfg.learner.lora, seed=cfg.seed, critic=cfg.learner.critic)
+        attach_lora(
+            model,
+            cfg.learner.lora,
+            seed=cfg.seed,
+            critic=cfg.learner.critic,
+            detach_value=cfg.learner.detach_value,
+        )
     algorithm = resolve(ALGORITHMS, cfg.algorithm.name, what="algorithm.name")(cfg.algorithm)
     return Learner(
         cfg.learner,

@@ -1,0 +1,294 @@
+"""One rank of the learner: scores trajectories, updates the weights, gives them out.
+
+Every method marked *collective* must be called on all ranks in the same order; the group (`learner/group.py`) does so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int32
+
+from vlarl_ray.algorithms.advantages import explained_variance
+from vlarl_ray.algorithms.base import Algorithm
+from vlarl_ray.config import LearnerConfig
+from vlarl_ray.learner.batch import BatchReader, Fetch, PromptCache, deal_rows, epoch_minibatches
+from vlarl_ray.learner.fsdp import Ranks, gather_full, shard
+from vlarl_ray.learner.optimizer import ShardOptimizer
+from vlarl_ray.learner.scoring import Scorer
+from vlarl_ray.learner.update import Minibatch, NonFiniteError, Updater
+from vlarl_ray.models.base import VLAModel
+from vlarl_ray.models.lora import CRITIC, POLICY, lora_layers, official_name
+from vlarl_ray.types import ActRequest, Scores, TrainBatch, Trajectory
+from vlarl_ray.weights.canary import update_digests
+from vlarl_ray.weights.update import WeightUpdate
+
+_LOG = logging.getLogger(__name__)
+
+
+class Learner:
+    """One rank. Without a store address it is the only one, unsharded and without torch.distributed.
+
+    Args:
+        cfg: Learner config.
+        algorithm: Gives loss and schedule.
+        model: Freshly loaded, fp32, with LoRA attached where `cfg.train` is `lora`; the learner takes it over.
+        rank: This rank.
+        world_size: Number of ranks.
+        store_address: Host and port where ranks meet; rank 0 listens there.
+        seed: Of the run; decides the order of rows.
+        device: Torch device; None follows `cfg.device`.
+    """
+
+    def __init__(
+        self,
+        cfg: LearnerConfig,
+        algorithm: Algorithm,
+        model: VLAModel,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        store_address: tuple[str, int] | None = None,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ) -> None:
+        _check_supported(cfg, algorithm, model, store_address)
+        torch.set_num_threads(cfg.num_threads)
+        self._cfg = cfg
+        self._algorithm = algorithm
+        self._seed = seed
+        self._device = torch.device(device or _device(cfg))
+        self._model = model.to(self._device).eval()  # no dropout: the scored distribution is the sampled one
+        self._published = _published_names(model)
+        self._ranks = Ranks.join(
+            rank=rank,
+            world_size=world_size,
+            store_address=store_address,
+            device=self._device,
+            timeout_s=cfg.collective_timeout_s,
+        )
+        has_critic = "values" in algorithm.needs
+        actor, critic = _split_trainable(model, has_critic=has_critic)
+        if self._ranks.has_process_group:
+            compute_dtype = _to_bfloat16(model) if cfg.dtype == "bfloat16" else None
+            shard(model, self._ranks, compute_dtype=compute_dtype)
+        parameters = dict(model.named_parameters())  # sharded now; `fully_shard` keeps names but replaces tensors
+        common: dict[str, Any] = {"cfg": cfg, "ranks": self._ranks}
+        self._actor = ShardOptimizer(
+            {name: parameters[name] for name in actor}, learning_rate=cfg.actor_learning_rate, **common
+        )
+        self._critic: ShardOptimizer | None = None
+        if has_critic:
+            named = {name: parameters[name] for name in critic}
+            self._critic = ShardOptimizer(named, learning_rate=cfg.critic_learning_rate, **common)
+        self._prompts = PromptCache(model)
+        self._scorer = Scorer(
+            model, self._ranks, micro_batch_size=cfg.micro_batch_size, prompts=self._prompts, device=self._device
+        )
+        self._updater = Updater(
+            model,
+            algorithm,
+            self._ranks,
+            actor=self._actor,
+            critic=self._critic,
+            sync_every_pass=cfg.train == "full",
+        )
+        self._summary: tuple[int, int, dict[str, str]] | None = None
+
+    def score(self, trajectories: Sequence[Trajectory], fetch: Fetch = list) -> list[Scores]:
+        """Score this rank's share of the trajectories. Collective.
+
+        Args:
+            trajectories: All of the update, the same on every rank; shared out by `batch.deal_trajectories`.
+            fetch: Resolves frame references; the default takes frames that are arrays already.
+
+        Returns:
+            Values of S+1 observations and log-probabilities of S decisions for each trajectory of the share, ascending.
+        """
+        return self._scorer.score(trajectories, fetch)
+
+    def update(self, batch: TrainBatch, fetch: Fetch = list) -> dict[str, float]:
+        """Run epochs x minibatches of optimiser steps. Collective.
+
+        Args:
+            batch: The same on every rank.
+            fetch: Resolves frame references; each needed trajectory is fetched once.
+
+        Returns:
+            Metrics `learn/...`, the same on every rank.
+
+        Raises:
+            NonFiniteError: If a number of the batch, a loss or a gradient is not finite.
+            ValueError: If the batch is empty.
+        """
+        _check_batch(batch)
+        minibatches = self._plan(batch)
+        rows = np.concatenate([dealt.rows for minibatch in minibatches for dealt in minibatch.passes])
+        reader = BatchReader(batch, rows, fetch, self._prompts, self._device)
+        metrics = self._updater.run(batch, minibatches, reader)
+        metrics["explained_variance"] = explained_variance(batch.old_values, batch.returns)
+        _LOG.info("updated version %d in %d steps", batch.policy_version, int(metrics["num_optimizer_steps"]))
+        return {f"learn/{name}": value for name, value in metrics.items()}
+
+    def weight_update(self, version: int) -> WeightUpdate | None:
+        """Gather what servers need of the current weights, called `version`. Collective; None except on rank 0."""
+        wanted = {name for names in self._published.values() for name in names}
+        shapes, shards = self._trainable()
+        full = gather_full(self._ranks, {n: s for n, s in shapes.items() if n in wanted}, shards)
+        if self._ranks.rank != 0:
+            return None
+        update = WeightUpdate(
+            version=version,
+            lora_scale=self._cfg.lora.alpha / self._cfg.lora.rank,
+            adapters={name: (full[ab[0]], full[ab[1]]) for name, ab in self._published.items() if len(ab) == 2},
+            tensors={name: full[own[0]] for name, own in self._published.items() if len(own) == 1},
+        )
+        self._summary = (version, update.num_bytes, update_digests(update))
+        return update
+
+    def weight_update_summary(self, version: int) -> tuple[int, dict[str, str]]:
+        """Bytes and digests of the last `weight_update`, computed here, before it left the learner (rank 0).
+
+        Raises:
+            ValueError: If the last update was of another version.
+        """
+        if self._summary is None or self._summary[0] != version:
+            raise ValueError(f"weight_update_summary({version}) must follow weight_update({version}) on rank 0.")
+        return self._summary[1:]
+
+    def logprobs(self, request: ActRequest, tokens: Int32[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
+        """Score given tokens under the current weights, for the canary. Collective; every rank returns all rows."""
+        return self._scorer.logprobs(request, tokens).float().cpu().numpy()
+
+    def state_dict(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+        """Collect what training needs to go on, full tensors on rank 0 (empty elsewhere). Collective.
+
+        Returns:
+            fp32 arrays by file and name (`parameters`: name, `optimizer`: `<name>/<moment>`), and JSON state. They load
+            into any number of ranks.
+        """
+        shapes, shards = self._trainable()
+        parameters = gather_full(self._ranks, shapes, shards)
+        moments: dict[str, np.ndarray] = {}
+        for optimizer in self._optimizers():
+            moments |= gather_full(self._ranks, optimizer.moment_shapes(), optimizer.moment_shards())
+        if self._ranks.rank != 0:
+            return {}, {}
+        steps = [optimizer.num_steps for optimizer in self._optimizers()]
+        return {"parameters": parameters, "optimizer": moments}, {"optimizer_steps": steps}
+
+    def load_state_dict(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`; call it with the same state on every rank.
+
+        Raises:
+            ValueError: If the state is that of another model or set of trainable parameters.
+        """
+        parameters, moments = arrays["parameters"], arrays["optimizer"]
+        own = {name: tuple(shape) for name, shape in self._trainable()[0].items()}
+        if own != {name: value.shape for name, value in parameters.items()}:
+            odd = sorted(set(own) ^ set(parameters))[:3] or "shapes"
+            raise ValueError(f"learner state belongs to another model ({odd} differ); check model and learner.lora.")
+        for optimizer, num_steps in zip(self._optimizers(), state["optimizer_steps"], strict=True):
+            optimizer.load(parameters, moments, num_steps)
+
+    def shutdown(self) -> None:
+        """Leave the process group. Collective."""
+        self._ranks.leave()
+
+    def _plan(self, batch: TrainBatch) -> list[Minibatch]:
+        cfg = self._algorithm.cfg
+        parts = [
+            rows
+            for epoch in range(cfg.num_epochs)
+            for rows in epoch_minibatches(
+                len(batch), cfg.num_minibatches, seed=self._seed, version=batch.policy_version, epoch=epoch
+            )
+        ]
+        ranks, size = self._ranks, self._cfg.micro_batch_size
+        return [
+            Minibatch(rows, deal_rows(rows, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=size))
+            for rows in parts
+        ]
+
+    def _optimizers(self) -> list[ShardOptimizer]:
+        return [self._actor] if self._critic is None else [self._actor, self._critic]
+
+    def _trainable(self) -> tuple[dict[str, torch.Size], dict[str, torch.Tensor]]:
+        shapes = {name: shape for optimizer in self._optimizers() for name, shape in optimizer.shapes.items()}
+        shards = {name: own for optimizer in self._optimizers() for name, own in optimizer.shards.items()}
+        return shapes, shards
+
+
+def _split_trainable(model: VLAModel, *, has_critic: bool) -> tuple[list[str], list[str]]:
+    """Names of actor and critic parameters; without a critic its parameters are frozen."""
+    actor, critic = [], []
+    for name, parameter in model.named_parameters():
+        is_critic = name.startswith("value_head.") or f".lora_A.{CRITIC}." in name or f".lora_B.{CRITIC}." in name
+        if is_critic and not has_critic:
+            parameter.requires_grad_(False)
+        elif parameter.requires_grad:
+            (critic if is_critic else actor).append(name)
+    return actor, critic
+
+
+def _published_names(model: VLAModel) -> dict[str, tuple[str, ...]]:
+    """Parameter names that make up a weight update, by official name: (A, B) of an adapter, or one whole tensor."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    published: dict[str, tuple[str, ...]] = {}
+    for official, layer in lora_layers(model).items():
+        published[official] = tuple(names[id(ab[POLICY].weight)] for ab in (layer.lora_A, layer.lora_B))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_A." not in name and ".lora_B." not in name:
+            published[official_name(name)] = (name,)
+    return published
+
+
+def _to_bfloat16(model: VLAModel) -> torch.dtype:
+    """Store frozen weights in the compute precision (half the memory, nothing to cast); trainable ones stay fp32."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return torch.bfloat16
+
+
+def _device(cfg: LearnerConfig) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+
+
+def _check_supported(
+    cfg: LearnerConfig, algorithm: Algorithm, model: VLAModel, store_address: tuple[str, int] | None
+) -> None:
+    if (cfg.train == "lora") != bool(lora_layers(model)):
+        raise ValueError(
+            f"learner.train = {cfg.train!r}, but the model has {len(lora_layers(model))} adapted layers; "
+            "call attach_lora before building the learner if and only if it is 'lora'."
+        )
+    if cfg.train == "full" and algorithm.needs_reference:
+        raise ValueError(
+            "algorithm.kl_coef needs a reference policy, which is the one with adapters disabled; "
+            "set it to 0 or learner.train to 'lora'."
+        )
+    if cfg.train == "full" and cfg.critic == "separate":
+        raise ValueError("learner.critic = 'separate' needs learner.train = 'lora': it is a second set of adapters.")
+    if cfg.dtype == "bfloat16" and store_address is None:
+        raise ValueError(
+            "learner.dtype = 'bfloat16' needs a process group (it is FSDP's mixed precision); use 'float32'."
+        )
+
+
+def _check_batch(batch: TrainBatch) -> None:
+    if not len(batch):
+        raise ValueError("The learner got a batch without rows; skip the update when no group was accepted.")
+    for name in ("old_logprobs", "advantages", "returns", "old_values", "weights", "proprio"):
+        bad = ~np.isfinite(getattr(batch, name).reshape(len(batch), -1)).all(axis=1)
+        if bad.any():
+            row = int(bad.argmax())
+            task = batch.instructions[batch.trajectory_index[row]]
+            raise NonFiniteError(
+                f"update from version {batch.policy_version}: {name} of row {row} (task {task!r}, decision "
+                f"{batch.decision_index[row]}) is not finite; no weight was changed."
+            )
