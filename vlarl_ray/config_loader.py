@@ -226,17 +226,17 @@ def _explain(kind: str, location: tuple[int | str, ...], value: Any) -> str:
 
 
 def _nearest(path: str) -> str:
-    """Suggest for an unknown field: the same name in another section first, then the nearest spelling."""
+    """Suggest the field whose own name is nearest, preferably in the same section, else list that section."""
     known = list(field_docs())
     section, _, name = path.rpartition(".")
-    elsewhere = [other for other in known if other.rpartition(".")[2] == name]
-    if elsewhere:
-        return f"did you mean {' or '.join(map(repr, elsewhere))}?"
     prefix = f"{section}." if section else ""
-    siblings = sorted({other.removeprefix(prefix).split(".")[0] for other in known if other.startswith(prefix)})
-    near = difflib.get_close_matches(name, siblings, n=1)
-    if not near:
-        near_path = difflib.get_close_matches(path, known, n=1)
-        if near_path:
-            return f"did you mean {near_path[0]!r}?"
-    return f"{suggest(name, siblings)}."
+    siblings = {prefix + other.removeprefix(prefix).split(".")[0] for other in known if other.startswith(prefix)}
+    ratios = {other: _similarity(name, other) + 0.1 * (other in siblings) for other in [*known, *siblings]}
+    best = max(ratios.values())
+    if best >= 0.7:
+        return f"did you mean {' or '.join(repr(other) for other in ratios if ratios[other] == best)}?"
+    return f"{suggest(path, sorted(siblings))}."
+
+
+def _similarity(name: str, path: str) -> float:
+    return difflib.SequenceMatcher(None, name, path.rpartition(".")[2]).ratio()

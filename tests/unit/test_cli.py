@@ -57,7 +57,7 @@ def test_all_problems_go_to_stderr_without_a_traceback(capsys, tmp_path):
     out, err = capsys.readouterr()
     assert out == ""
     assert "3 problems" in err
-    assert all(name in err for name in ("no.yaml", "rollout.envs_per_worker = 3", "'image_size'"))
+    assert all(name in err for name in ("no.yaml", "rollout.envs_per_worker = 3", "'env.image_size'"))
     assert "Traceback" not in err
 
 

@@ -88,13 +88,14 @@ BROKEN = {
     "F63 unknown key": (["--porcentage", "0.5"], "porcentage = 0.5: there is no such field"),
     "misspelt field": (
         ["--env.imag_size", "3"],
-        "env.imag_size = 3: there is no such field; did you mean 'image_size'?",
+        "env.imag_size = 3: there is no such field; did you mean 'env.image_size'?",
     ),
     "misspelt section": (
         ["--enw.image_size", "3"],
         "enw = {'image_size': 3}: there is no such field; did you mean 'env'?",
     ),
     "wrong section": (["--rollout.num_ranks", "1"], "did you mean 'learner.num_ranks'?"),
+    "misspelt in the wrong section": (["--rollout.num_rank", "1"], "did you mean 'learner.num_ranks'?"),
     "two levels": (["--model.dino.width", "8"], "model.dino.width = 8: there is no such field; "),
     "suite": (["--env.suite", "metawolrd"], "env.suite = 'metawolrd' is unknown; did you mean 'metaworld'?"),
     "algorithm": (["--algorithm.name", "pop"], "algorithm.name = 'pop' is unknown; did you mean 'ppo'?"),
