@@ -1,17 +1,16 @@
 """Seconds until `vlarl` answers (help, field list, a refused config), beside a bare Python and importing torch and ray.
 
-Usage: python benchmarks/cli_startup.py [--repeats 9] [--out benchmarks/results/cli_startup.json]
+Usage: python -m benchmarks.cli_startup [--repeats 9]
 """
 
 import argparse
-import json
 import os
-import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 import time
+
+from benchmarks._results import write_result
 
 VLARL = [sys.executable, "-c", "import sys; from vlarl_ray.cli import main; sys.exit(main(sys.argv[1:]))"]
 CASES = {
@@ -35,29 +34,18 @@ def seconds(command, code):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results" / "cli_startup.json"
-    )
-    args = parser.parse_args()
-    rows = {}
+    repeats = parser.parse_args().repeats
+    figures = {"repeats": repeats, "load_1min": round(os.getloadavg()[0], 2)}
     for name, (command, code) in CASES.items():
         seconds(command, code)  # compiles bytecode and fills the page cache
-        runs = sorted(seconds(command, code) for _ in range(args.repeats))
-        rows[name] = {
+        runs = sorted(seconds(command, code) for _ in range(repeats))
+        figures[name] = {
             "median_s": round(statistics.median(runs), 4),
             "min_s": round(runs[0], 4),
             "max_s": round(runs[-1], 4),
         }
-        print(f"{name:34} {rows[name]['median_s']:.3f} s")
-    machine = {
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "load_1min": round(os.getloadavg()[0], 2),
-    }
-    result = {"what": __doc__.splitlines()[0], "repeats": args.repeats, "machine": machine, "seconds": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{name:34} {figures[name]['median_s']:.3f} s")
+    print(write_result("cli_startup", figures))
 
 
 if __name__ == "__main__":
