@@ -1,0 +1,1 @@
+"""Demonstrations: collection and store."""
