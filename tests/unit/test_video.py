@@ -61,6 +61,12 @@ def test_films_with_unlike_frame_intervals_share_one_clock_of_env_steps(tmp_path
     assert right[:6] == pytest.approx([30, 30, 30, 30, 30, 200], abs=6)
 
 
+def test_success_inside_a_chunk_does_not_speed_up_the_film(tmp_path):
+    film = solid_film([50, 100, 150, 200], [0, 5, 10, 12], first_success=12)
+    left, _ = brightness(read_video(write_before_after_video(tmp_path / "v.mp4", film, film))[1])
+    assert left[:4] == pytest.approx([50, 100, 150, 200], abs=6)
+
+
 def test_caption_turns_to_success_at_the_first_successful_step(tmp_path):
     failing = solid_film([90, 90, 90], [0, 5, 10])
     _, plain = read_video(write_before_after_video(tmp_path / "a.mp4", failing, failing))

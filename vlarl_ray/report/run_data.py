@@ -57,7 +57,6 @@ class RunData:
         """Env steps of training before each iteration; one entry more than there are iterations."""
         total, before = 0, {0: 0}
         for row in self.rows:
-            before[row["iteration"]] = total
             total += row.get("rollout/env_steps") or 0
             before[row["iteration"] + 1] = total
         return before
