@@ -38,12 +38,11 @@ def fine_tuned_policy(cfg: ExperimentConfig, suite: Suite, demos: list[Demonstra
     from vlarl_ray.sft import run_sft
 
     instructions = [suite.instruction(task_id) for task_id in suite.task_ids]
-    policy = new_policy(cfg.model, instructions, seed=cfg.seed)
-    policy.model.metadata.update(
-        render_profile=cfg.env.render_profile, camera=cfg.env.camera, image_size=cfg.env.image_size, suite=suite.name
-    )
-    run_sft(policy.model, demos, cfg.sft, seed=cfg.seed, log=_LOG.info)
-    policy.save(folder)
+    env = cfg.env
+    trained_on = {"suite": env.suite, "camera": env.camera, "image_size": env.image_size, "render_profile": env.render_profile}
+    model = new_policy(cfg.model, instructions, cfg.seed, metadata=trained_on)
+    run_sft(model, demos, cfg.sft, chunk_length=cfg.model.chunk_length, seed=cfg.seed, log=_LOG.info)
+    model.save(folder)
     return folder
 
 

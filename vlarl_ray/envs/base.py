@@ -49,6 +49,7 @@ class Suite(Protocol):
 
     name: str
     task_ids: Sequence[str]
+    proprio_dim: int
 
     def instruction(self, task_id: str) -> str:
         """The sentence the policy is given."""

@@ -44,6 +44,7 @@ class TorchEngine:
         policy = load_policy(str(policy_dir), dtype=cfg.dtype, device=device)
         self._model: VLAModel = policy.model.eval().requires_grad_(False)
         self._parameters = dict(self._model.named_parameters())
+        self._num_bins = policy.model.model_config.num_action_bins
         self._pristine = Path(policy_dir) / "model.safetensors"
         self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
         self.version: int | None = None
@@ -92,7 +93,8 @@ class TorchEngine:
         for rows in self._batches(len(request)):
             taken = torch.from_numpy(tokens[rows].astype(np.int64)).to(self._device)
             logits = self._model(self._inputs(request, rows), taken).logits
-            scored = action_logprobs(logits, self._model.token_bins(taken), request.temperature or 1.0)
+            columns = taken - self._model.first_action_token
+            scored = action_logprobs(logits, columns, temperature=request.temperature)
             parts.append(scored[: rows.stop - rows.start])
         return torch.cat(parts).float().cpu().numpy()
 
@@ -104,7 +106,7 @@ class TorchEngine:
         index = self._padded(rows)
         gumbel = None
         if request.temperature > 0:
-            shape = (self._model.num_action_tokens, self._model.num_bins)
+            shape = (self._model.num_action_tokens, self._num_bins)
             gumbel = torch.from_numpy(gumbel_noise(request.noise_keys[index], shape)).to(self._device)
         tokens, logprobs = self._model.sample(
             self._inputs(request, index), temperature=request.temperature, gumbel=gumbel
