@@ -20,7 +20,7 @@ setup() {
     # PyPI's torch is a CUDA build whose libraries the lock leaves out; the CPU build comes from PyTorch's own index
     .venv/bin/python -c "import torch" 2> /dev/null || .venv/bin/python -m pip install --quiet --no-deps --force-reinstall \
         --index-url https://download.pytorch.org/whl/cpu torch==2.13.0
-    .venv/bin/python -m pip install --quiet --no-deps -e .
+    .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
     echo "$wanted" > "$stamp"
 }
 
