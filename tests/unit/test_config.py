@@ -200,6 +200,12 @@ def test_a_broken_config_is_refused_by_one_precise_message(case):
     assert found[0].endswith((".", "?"))
 
 
+def test_suites_of_your_own_have_tasks_of_their_own():
+    args = ["--env.suite", "my_package.my_env:MySuite", "--env.tasks", "[stack]", "--env.camera", "top"]
+    cfg = load_config(None, [*args, "--env.max_env_steps", "900", "--model.action_dim", "7"])
+    assert cfg.env.tasks == ("stack",)
+
+
 def test_the_largest_plan_that_fits_is_accepted():
     load_config(None, ["--rollout.max_inflight_bytes", "24330240", "--algorithm.num_minibatches", "30"])
 
