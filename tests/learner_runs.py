@@ -11,43 +11,47 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from tests.tiny_model import algorithm_config, as_groups, learner_config, make_trajectories, tiny_model
+from tests.tiny_model import algorithm_config, as_groups, learner_config, make_trajectories, small_openvla, tiny_model
 from vlarl_ray.algorithms.ppo import PPO
 from vlarl_ray.learner.learner import Learner
 from vlarl_ray.types import Scores, TrainBatch
 
 LENGTHS = (3, 7, 1, 5, 4)  # 20 decisions: 2 minibatches of 10, uneven over 3 ranks
-VALUES = np.random.default_rng(5)
 
 
-def fixed_batch(algorithm: PPO, *, version: int, lengths=LENGTHS) -> TrainBatch:
+def fixed_batch(algorithm: PPO, *, version: int, model=None) -> TrainBatch:
     """Recorded rows: the same for every learner, whatever its weights."""
-    trajectories = make_trajectories(lengths, seed=version)
+    trajectories = make_trajectories(LENGTHS, seed=version, model=model)
     rng = np.random.default_rng(version)
     scores = [Scores(rng.standard_normal(t.num_decisions + 1).astype(np.float32), None) for t in trajectories]
     return algorithm.make_batch(as_groups(trajectories), scores, version=version)
 
 
-def build(*, learner=None, algorithm=None, **ranks) -> Learner:
+def build(*, learner=None, algorithm=None, openvla=None, **ranks) -> Learner:
     cfg, ppo = learner_config(**learner or {}), PPO(algorithm_config(**algorithm or {}))
-    return Learner(cfg, ppo, tiny_model(cfg), seed=3, **ranks)
+    return Learner(cfg, ppo, _model(cfg, openvla), seed=3, **ranks)
 
 
-def three_updates(*, learner=None, algorithm=None, num_updates=3, resume=None, first_version=0, **ranks) -> dict:
+def _model(cfg, openvla):
+    return tiny_model(cfg) if openvla is None else small_openvla(cfg, **openvla)
+
+
+def three_updates(
+    *, learner=None, algorithm=None, openvla=None, num_updates=3, resume=None, first_version=0, **ranks
+) -> dict:
     """Score, update thrice and collect everything a learner gives out."""
-    learner = build(learner=learner, algorithm=algorithm, **ranks)
+    model = _model(learner_config(**learner or {}), openvla)
+    learner = build(learner=learner, algorithm=algorithm, openvla=openvla, **ranks)
     if resume is not None:
         learner.load_state_dict(*resume)
     ppo = PPO(algorithm_config(**algorithm or {}))
-    scores = learner.score(make_trajectories(LENGTHS))
-    metrics = [learner.update(fixed_batch(ppo, version=first_version + v)) for v in range(num_updates)]
-    after = learner.score(make_trajectories(LENGTHS))
+    scores = learner.score(make_trajectories(LENGTHS, model=model))
+    metrics = [learner.update(fixed_batch(ppo, version=first_version + v, model=model)) for v in range(num_updates)]
     result = {
         "metrics": metrics,
         "update": learner.weight_update(num_updates),
         "state": learner.state_dict(),
         "scores": scores,
-        "scores_after": after,
     }
     learner.shutdown()
     return result

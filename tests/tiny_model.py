@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlarl_ray.config import AlgorithmConfig, LearnerConfig, LoraConfig
+from vlarl_ray.config import AlgorithmConfig, LearnerConfig, LoraConfig, ModelConfig, TowerConfig
 from vlarl_ray.models.action_tokens import action_logprobs
 from vlarl_ray.models.base import PolicyInputs, PolicyOutput, VLAModel
 from vlarl_ray.models.lora import CRITIC, adapters_disabled, attach_lora, use_adapter
+from vlarl_ray.models.policy import new_policy
 from vlarl_ray.types import TaskSpec, Trajectory, TrajectoryGroup
 
 NUM_BINS, PROMPT_LENGTH, PROPRIO = 8, 6, 3
+INSTRUCTIONS = ("reach", "push it", "close drawer")
 
 
 class TinyVLA(VLAModel):
@@ -97,6 +99,30 @@ def tiny_model(cfg: LearnerConfig, *, seed: int = 0) -> TinyVLA:
     return model
 
 
+def small_openvla(cfg: LearnerConfig, *, seed: int = 0, **changes: object) -> VLAModel:
+    """Build the real architecture, as small as it goes, for the same chunks and instructions."""
+    tower = TowerConfig(dim=16, depth=2, num_heads=2, mlp_dim=16)
+    settings: dict = {
+        "image_size": 16,
+        "dino": tower,
+        "siglip": tower,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "action_dim": 3,
+        "chunk_length": 2,
+        "value_hidden_sizes": (8,),
+        **changes,
+    }
+    model = new_policy(ModelConfig(**settings), INSTRUCTIONS, seed)
+    model.detach_value = cfg.detach_value
+    if cfg.train == "lora":
+        attach_lora(model, cfg.lora, seed=1, critic=cfg.critic, detach_value=cfg.detach_value)
+    return model
+
+
 def learner_config(**changes: object) -> LearnerConfig:
     """Small settings: rank 3 is divisible by nothing, so shards are uneven."""
     settings: dict = {"lora": LoraConfig(rank=3, alpha=6.0), "micro_batch_size": 5, "device": "cpu", **changes}
@@ -129,7 +155,7 @@ def make_task(
 
 
 def make_trajectories(
-    lengths: Sequence[int], *, model: TinyVLA | None = None, seed: int = 0, temperature: float = 1.0
+    lengths: Sequence[int], *, model: VLAModel | None = None, seed: int = 0, temperature: float = 1.0
 ) -> list[Trajectory]:
     """Random episodes of the given numbers of decisions, alternately terminated and truncated.
 
@@ -145,15 +171,16 @@ def make_trajectories(
         steps[-1] = rng.integers(1, chunk + 1)
         rewards = np.zeros((length, chunk), np.float32)
         rewards[-1, steps[-1] - 1] = float(terminated)
-        instruction = ("reach", "push it", "close drawer")[slot % 3]
+        instruction = INSTRUCTIONS[slot % 3]
         frames = rng.integers(0, 256, (length + 1, 1, 4, 4, 3), dtype=np.uint8)
         proprio = rng.standard_normal((length + 1, PROPRIO)).astype(np.float32)
         tokens = (rng.integers(0, NUM_BINS, (length, chunk * dims)) + model.first_action_token).astype(np.int32)
         ids, lens = model.encode_prompts([instruction] * length)
         inputs = PolicyInputs(torch.from_numpy(frames[:-1]), ids, lens, torch.from_numpy(proprio[:-1]))
         with torch.no_grad():
-            columns = torch.from_numpy(tokens.astype(np.int64)) - model.first_action_token
-            logprobs = action_logprobs(model(inputs).logits, columns, temperature=temperature).numpy()
+            taken = torch.from_numpy(tokens.astype(np.int64))
+            columns = taken - model.first_action_token
+            logprobs = action_logprobs(model(inputs, taken).logits, columns, temperature=temperature).numpy()
         trajectories.append(
             Trajectory(
                 task=make_task(slot=slot, instruction=instruction, temperature=temperature),

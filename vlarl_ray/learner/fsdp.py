@@ -6,6 +6,7 @@ empty. One rank without a store needs no process group: its parameters stay plai
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,6 +95,8 @@ def shard(model: VLAModel, ranks: Ranks, *, compute_dtype: torch.dtype | None) -
         ranks: With a process group.
         compute_dtype: Precision of forward and backward; master weights and gradient sums stay fp32. None: fp32.
     """
+    # Nobody changes a model's outputs in place, which is what FSDP2 warns of when they are views.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world_size,))
     exact = MixedPrecisionPolicy()
     policy = exact if compute_dtype is None else MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32)
