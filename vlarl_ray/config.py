@@ -107,7 +107,7 @@ class ModelConfig:
     """Env steps K per decision."""
     decoding: Literal["autoregressive", "parallel"] = "parallel"
     """`parallel` predicts all K*D tokens in one pass from learned query embeddings."""
-    max_prompt_tokens: Positive = 16
+    max_prompt_tokens: Positive = 13
     """Prompts are padded to this many tokens, so that shapes never vary; longer ones are refused."""
     official_unused: bool = False
     """Carry the parameters that official checkpoints hold but never use (last vision blocks, final norms, pooling)."""

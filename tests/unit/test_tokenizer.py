@@ -9,16 +9,16 @@ def test_prompt_is_the_template_around_the_lower_cased_instruction():
     tokenizer = PromptTokenizer.train(INSTRUCTIONS, vocab_size=511)
     ids = tokenizer.encode("Open the WINDOW")
     assert ids[0] == tokenizer.bos_token_id
-    assert ids[-1] == tokenizer.trailing_token_id
+    assert tokenizer.trailing_token_id is None
     text = tokenizer.tokenizer.decode(ids[1:], skip_special_tokens=False)
-    assert text == f"{PROMPT_PREFIX}open the window{PROMPT_SUFFIX} "
+    assert text == f"{PROMPT_PREFIX}open the window{PROMPT_SUFFIX}"
 
 
 def test_known_words_are_one_token_each_and_any_other_text_encodes():
     tokenizer = PromptTokenizer.train(INSTRUCTIONS, vocab_size=511)
-    assert len(tokenizer.encode("close the window")) == 4 + 3
+    assert len(tokenizer.encode("close the window")) == 3 + 3
     strange = "Überquere das µ-Tor ✓ 你好 <|x|>"
-    decoded = tokenizer.tokenizer.decode(tokenizer.encode(strange)[1:-1], skip_special_tokens=True)
+    decoded = tokenizer.tokenizer.decode(tokenizer.encode(strange)[1:], skip_special_tokens=True)
     assert decoded == strange.lower()
 
 
@@ -40,13 +40,19 @@ def test_ids_never_reach_the_action_tokens():
 def test_prompts_are_padded_on_the_right_and_long_ones_refused():
     tokenizer = PromptTokenizer.train(INSTRUCTIONS, vocab_size=511)
     ids, lengths = tokenizer.encode_batch(INSTRUCTIONS, max_tokens=12)
-    assert lengths.tolist() == [7, 7, 10]
+    assert lengths.tolist() == [6, 6, 9]
     assert ids.shape == (3, 12)
-    assert (ids[0, 7:] == 0).all()
-    with pytest.raises(ValueError, match="max_prompt_tokens = 9"):
-        tokenizer.encode_batch(INSTRUCTIONS, max_tokens=9)
+    assert (ids[0, 6:] == 0).all()
+    with pytest.raises(ValueError, match="max_prompt_tokens = 8"):
+        tokenizer.encode_batch(INSTRUCTIONS, max_tokens=8)
 
 
 def test_a_vocabulary_without_room_for_all_bytes_is_refused():
     with pytest.raises(ValueError, match="text_vocab_size = 256"):
         PromptTokenizer.train(INSTRUCTIONS, vocab_size=256)
+
+
+def test_a_lone_space_token_ends_the_prompt_where_the_vocabulary_has_one():
+    tokenizer = PromptTokenizer.train([*INSTRUCTIONS], vocab_size=511).tokenizer
+    tokenizer.add_tokens(["▁"])
+    assert PromptTokenizer(tokenizer).encode("open the window")[-1] == tokenizer.token_to_id("▁")

@@ -13,12 +13,12 @@ from torch import Tensor
 PROMPT_PREFIX = "In: What action should the robot take to "
 PROMPT_SUFFIX = "?\nOut:"
 _BOS = "<s>"
-_LONE_SPACES = ("Ġ", "▁")
-"""The lone space that follows `Out:`, as byte-level tokenizers and Llama's spell it (29871 in Llama's vocabulary)."""
+_LONE_SPACE = "▁"
+"""Follows `Out:` in Llama's vocabulary (id 29871); in ours the suffix is one token and ends the prompt itself."""
 
 
 class PromptTokenizer:
-    """Turn instructions into prompts: BOS, OpenVLA's template around the instruction, lone space.
+    """Turn instructions into prompts: BOS, OpenVLA's template around the instruction, and Llama's lone space.
 
     Instructions are lower-cased, as OpenVLA does. Every text encodes, byte by byte if need be.
     """
@@ -27,17 +27,16 @@ class PromptTokenizer:
         """Wrap a tokenizer.
 
         Raises:
-            ValueError: If it lacks the token that starts, or the one that ends a prompt.
+            ValueError: If it lacks the token that starts a prompt.
         """
         self.tokenizer = tokenizer
-        lone_space = [i for i in map(tokenizer.token_to_id, _LONE_SPACES) if i is not None]
         bos = tokenizer.token_to_id(_BOS)
-        if bos is None or not lone_space:
+        if bos is None:
             raise ValueError(
-                f"tokenizer lacks {_BOS!r} or a lone space ({' or '.join(_LONE_SPACES)}); prompts need both."
+                f"the tokenizer lacks {_BOS!r}, with which prompts start; it is none of OpenVLA's or ours."
             )
         self.bos_token_id: int = bos
-        self.trailing_token_id: int = lone_space[0]
+        self.trailing_token_id: int | None = tokenizer.token_to_id(_LONE_SPACE)
         self._ids: dict[str, list[int]] = {}
 
     @classmethod
@@ -90,7 +89,8 @@ class PromptTokenizer:
         if instruction not in self._ids:
             text = PROMPT_PREFIX + instruction.lower() + PROMPT_SUFFIX
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-            self._ids[instruction] = [self.bos_token_id, *ids, self.trailing_token_id]
+            trailing = [] if self.trailing_token_id is None else [self.trailing_token_id]
+            self._ids[instruction] = [self.bos_token_id, *ids, *trailing]
         return self._ids[instruction]
 
     def encode_batch(
