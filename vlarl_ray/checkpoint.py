@@ -28,7 +28,8 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 FORMAT = 1
 _FOLDER = re.compile(r"(\d{6,})-step(\d{8,})")
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_TENSORS = ".safetensors"
 
 
 class CheckpointError(ValueError):
@@ -41,7 +42,7 @@ class Checkpoint:
 
     step: int
     arrays: Mapping[str, Mapping[str, np.ndarray]]
-    """Tensors by name, by file name."""
+    """Tensors by name, by group; each group is a file `<group>.safetensors`."""
     state: dict[str, Any]
     folder: str
     """Where it was read from (a path of its file system)."""
@@ -68,7 +69,7 @@ def commit(
     Args:
         run_dir: Run folder or URI.
         step: Updates done.
-        arrays: Tensors by name, by file name (`"adapter.safetensors": {"q_proj.A": ...}`).
+        arrays: Tensors by name, by group; each group becomes a file (`"adapter": {"q_proj.A": ...}`).
         state: Everything else, in JSON types; floats survive exactly.
         keep: Committed checkpoints to keep, at least 2; older ones are deleted once this many newer ones verify.
         filesystem: File system that `run_dir` is a path of; None derives it from `run_dir`.
@@ -172,7 +173,7 @@ def _load(system: fs.FileSystem, folder: str, *, step: int) -> Checkpoint:
     files = {name: data for name, data in _verified_files(system, folder, step=step)}
     try:
         state = json.loads(files.pop(STATE))
-        arrays = {name: safetensors.numpy.load(data) for name, data in files.items()}
+        arrays = {name.removesuffix(_TENSORS): safetensors.numpy.load(data) for name, data in files.items()}
     except (KeyError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"its content does not decode ({error})") from error
     return Checkpoint(step=step, arrays=arrays, state=state, folder=folder)
@@ -199,8 +200,8 @@ def _verified_files(system: fs.FileSystem, folder: str, *, step: int) -> list[tu
     files = []
     for name, (size, sha256) in listed.items():
         # a manifest comes from outside: it may only name plain files inside its own folder
-        if not _FILE.fullmatch(name) or name == MANIFEST:
-            raise CheckpointError(f"{MANIFEST} lists {name!r}, which is not a plain file name")
+        if name != STATE and not (name.endswith(_TENSORS) and _GROUP.fullmatch(name.removesuffix(_TENSORS))):
+            raise CheckpointError(f"{MANIFEST} lists {name!r}, which is no file name of a checkpoint")
         data = _read(system, folder, name, size)
         if _sha256(data) != sha256:
             raise CheckpointError(f"{name}: sha256 differs from the manifest's")
