@@ -137,12 +137,12 @@ def _serialize(arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[st
         CheckpointError: On a bad file name or content that is not JSON.
     """
     files = {}
-    for name, tensors in arrays.items():
-        if not _FILE.fullmatch(name) or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"file name {name!r}: use letters, digits, '_', '-', '.' and the ending .safetensors."
-            )
-        files[name] = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
+    for group, tensors in arrays.items():
+        if not _GROUP.fullmatch(group):
+            raise CheckpointError(f"group {group!r} becomes a file name: use letters, digits, '_' and '-' only.")
+        files[group + _TENSORS] = safetensors.numpy.save(
+            {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+        )
     try:
         files[STATE] = _canonical(dict(state))
     except (TypeError, ValueError) as error:
