@@ -8,8 +8,10 @@ from tests.learner_runs import LENGTHS, build, fixed_batch, run_ranks, three_upd
 from tests.tiny_model import algorithm_config, learner_config, make_trajectories, tiny_model
 from vlarl_ray.algorithms.ppo import PPO
 from vlarl_ray.learner.batch import deal_trajectories
+from vlarl_ray.learner.fsdp import Ranks
 from vlarl_ray.learner.group import LearnerGroup
 from vlarl_ray.learner.learner import Learner
+from vlarl_ray.learner.optimizer import ShardOptimizer
 from vlarl_ray.learner.update import NonFiniteError
 from vlarl_ray.models.lora import lora_layers
 from vlarl_ray.transport import LocalTransport
@@ -176,6 +178,9 @@ def test_f32_warm_up_moves_only_the_critic_for_exactly_n_updates(train):
     for version in range(3):
         metrics = learner.update(fixed_batch(ppo, version=version))
         assert metrics["learn/critic_warmup"] == float(version < 2)
+        assert (metrics["learn/grad_norm_actor"] == 0) == (version < 2), (
+            "gradients kept would pile up until the first step"
+        )
         hashes.append(split(learner))
     actor, critic = zip(*hashes, strict=True)
     assert actor[0] == actor[1] == actor[2] != actor[3]
@@ -341,6 +346,20 @@ def test_an_update_improves_what_it_optimises():
         np.square(np.concatenate([s.values[:-1] for s in scores]) - batch.returns).mean() for scores in (before, after)
     ]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(("max_grad_norm", "scale"), [(1.0, 0.1), (100.0, 1.0)])
+def test_gradients_are_clipped_to_the_norm_over_all_ranks(max_grad_norm, scale):
+    parameter = torch.nn.Parameter(torch.zeros(2, 1))
+    cfg = learner_config(max_grad_norm=max_grad_norm)
+    ranks = Ranks(rank=0, world_size=1, has_process_group=False)
+    optimizer = ShardOptimizer({"w": parameter}, learning_rate=1.0, cfg=cfg, ranks=ranks)
+    parameter.grad = torch.tensor([[3.0], [4.0]])
+    assert optimizer.squared_grad_norm().item() == pytest.approx(25.0)
+    optimizer.step(10.0)  # another rank holds the rest of the norm
+    moments = optimizer.moment_shards()["w/exp_avg"]
+    np.testing.assert_allclose(moments, [[0.3 * scale], [0.4 * scale]], rtol=1e-5)
+    assert parameter.grad is None
 
 
 def test_threads_are_those_of_the_config():
