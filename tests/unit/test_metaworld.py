@@ -382,9 +382,12 @@ def test_suite_travels_to_other_processes_as_its_arguments(suite):
 
 
 def test_exit_without_closing_prints_no_gl_error():
-    code = (
-        "from tests.unit.test_metaworld import *\ne = make_env(task=TASKS[0])\ne.reset(single_task(e.suite, TASKS[0]))"
-    )
+    code = """
+from vlarl_ray.envs import make_env, single_task
+for size in (32, 64):  # the first is dropped, the second is alive at exit
+    env = make_env(task="reach-v3", image_size=size)
+    env.reset(single_task(env.suite, "reach-v3"))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
     assert "Error" not in done.stderr, done.stderr

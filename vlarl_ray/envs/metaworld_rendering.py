@@ -7,6 +7,7 @@ thinning happens on a copy of the model that only the GL context reads.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import importlib
 import threading
@@ -52,10 +53,11 @@ class FrameRenderer:
         self._scenes: dict[str, _Scene] = {}
         self._gl = importlib.import_module(f"mujoco.{backend}").GLContext(image_size, image_size)
         self._gl.make_current()
-        # Frees when the renderer is dropped, but not at exit: by then MuJoCo may have ended the display, and freeing
-        # prints errors. The finalizer's reference keeps the destructors of the GL objects from running there too.
+        # At exit this must run before MuJoCo's own hook ends the display, or freeing prints errors. Hooks run last
+        # registered first, and MuJoCo registered at the first GL context; weakref's own hook may be older than that.
         self._finalizer = weakref.finalize(self, _free, self._gl, self._scenes)
         self._finalizer.atexit = False
+        atexit.register(self._finalizer)
 
     def draw(self, scene_file: str, model: Any, data: Any) -> UInt8[np.ndarray, "1 H W 3"]:
         """Draw one frame, upright.
@@ -93,6 +95,7 @@ class FrameRenderer:
     def close(self) -> None:
         """Free meshes, textures and the GL context."""
         self._finalizer()
+        atexit.unregister(self._finalizer)
 
     def _load(self, model: Any) -> _Scene:
         if self._thin_meshes:
