@@ -104,6 +104,11 @@ class RunRecorder:
         self._episodes = EpisodeTable(run_dir, resume_from=state.get("num_episodes", 0) if resume else None)
         self._mark = time.perf_counter()
         self._last_counters = replace(self.counters)
+        self._num_gpus = (
+            cfg.learner.num_ranks * cfg.cluster.gpus_per_rank
+            + cfg.inference.num_servers * cfg.cluster.gpus_per_server
+            + cfg.rollout.num_workers * cfg.cluster.gpus_per_worker
+        )
 
     @property
     def is_out_of_time(self) -> bool:
@@ -158,6 +163,9 @@ class RunRecorder:
         self._episodes.append(trajectories, self._init_hash)
         extra = {
             "time/update_s": update_s,
+            "time/gpu_s": update_s * self._num_gpus,
+            "rollout/num_groups": float(len(groups)),
+            "rollout/accept_rate": 1.0,
             "memory/peak_bytes": float(self._memory.peak_bytes),
             "publish/model_bytes": float(self.summary.model_bytes or 0),
             "rollout/duplicates_dropped": float(

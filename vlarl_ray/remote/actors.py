@@ -1,5 +1,7 @@
 """The Ray actors: thin shells around `EnvWorker`, `InferenceServer` and `Learner`, which know nothing of Ray.
 
+Plain classes here; `remote/system.py` turns them into actors and says how often each may restart.
+
 Imports of torch and of simulators happen inside the actors, so an env worker never loads torch.
 """
 
@@ -36,7 +38,6 @@ class RemoteClient:
         return self._server.act.remote(request).future()
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0)
 class EnvWorkerActor:
     """An env worker: episodes come in as calls, one thread runs the simulators and holds their GL context."""
 
@@ -95,7 +96,6 @@ class EnvWorkerActor:
                 answer(error)
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
 class InferenceServerActor:
     """An inference server: concurrent calls are batched on one engine."""
 
@@ -134,7 +134,6 @@ class InferenceServerActor:
         return {"pid": os.getpid(), "gpu_ids": ray.get_gpu_ids()}
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
 class LearnerRankActor:
     """One rank of the learner group."""
 

@@ -54,7 +54,9 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
     places = reserve(cfg)
     cluster = cfg.cluster
     servers = [
-        InferenceServerActor.options(
+        _actor(
+            InferenceServerActor,
+            max_restarts=0,
             num_cpus=cluster.cpus_per_server,
             num_gpus=cluster.gpus_per_server,
             scheduling_strategy=_bundle(places.inference, index),
@@ -62,7 +64,9 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
         for index in range(cfg.inference.num_servers)
     ]
     workers = [
-        EnvWorkerActor.options(
+        _actor(
+            EnvWorkerActor,
+            max_restarts=-1,
             num_cpus=cluster.cpus_per_worker,
             num_gpus=cluster.gpus_per_worker,
             scheduling_strategy="SPREAD" if bundle is None else _bundle(places.inference, bundle),
@@ -70,7 +74,9 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
         for index, bundle in enumerate(places.worker_bundle)
     ]
     ranks = [
-        LearnerRankActor.options(
+        _actor(
+            LearnerRankActor,
+            max_restarts=0,
             num_cpus=cluster.cpus_per_rank,
             num_gpus=cluster.gpus_per_rank,
             scheduling_strategy=_bundle(places.learner, rank),
@@ -78,10 +84,15 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
         for rank in range(cfg.learner.num_ranks)
     ]
     transport = RayTransport()
-    [address] = transport.get([ranks[0].pick_address.remote()], timeout_s=120, what="starting learner rank 0")
-    transport.get([rank.start.remote(address) for rank in ranks], timeout_s=300, what="starting the learner group")
+    [address] = transport.get([ranks[0].pick_address.remote()], timeout_s=120.0, what="starting learner rank 0")
+    transport.get([rank.start.remote(address) for rank in ranks], timeout_s=300.0, what="starting the learner group")
     pool = RayPool(workers, seats_per_worker=cfg.rollout.envs_per_worker, deadline_s=cfg.rollout.episode_deadline_s)
     return RemoteSystem(pool, servers, ranks, workers, transport, places)
+
+
+def _actor(kind: type, *, max_restarts: int, **options: Any) -> Any:
+    """Make an actor class. Calls are never retried by Ray, which would run them at least once; the ledger redoes them."""
+    return ray.remote(kind).options(max_restarts=max_restarts, max_task_retries=0, **options)
 
 
 def _bundle(group: Any, index: int) -> PlacementGroupSchedulingStrategy:

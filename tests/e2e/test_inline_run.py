@@ -1,0 +1,141 @@
+"""Whole runs in one process: complete, reproducible, resumable, and stopped where the weights are wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.e2e.toy_run import episodes, evaluations, numbers, summary, toy_config
+from vlarl_ray.checkpoint import load_latest
+from vlarl_ray.inference.torch_server import TorchEngine
+from vlarl_ray.launch import run_training
+from vlarl_ray.train import SamplerMismatchError
+from vlarl_ray.weights.canary import CanaryError
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """One run from demonstrations to report; later tests start from its policy."""
+    run_dir = tmp_path_factory.mktemp("run")
+    assert run_training(toy_config(run_dir), inline=True, resume=False) == 0
+    return run_dir
+
+
+def from_policy(finished_run, run_dir, **changes):
+    return toy_config(run_dir, policy=str(finished_run / "policy"), **changes)
+
+
+def test_a_run_leaves_a_complete_folder(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert names >= {
+        "config.json", "metrics.jsonl", "evaluations.jsonl", "episodes.parquet", "checkpoints", "videos", "report.html",
+        "summary.json", "policy", "demos",
+    }  # fmt: skip
+    assert [row["version"] for row in numbers(finished_run)] == [1, 2, 3]
+    assert [row["label"] for row in evaluations(finished_run)] == ["warm_start", "final"]
+    rows = episodes(finished_run)
+    assert len(rows) == 3 * 8 + 2 * 4
+    assert {row["split"] for row in rows} == {"train", "eval"}
+    assert len(list((finished_run / "videos").glob("*.mp4"))) == 1
+
+
+def test_the_summary_adds_up(finished_run):
+    figures = summary(finished_run)
+    trained = [row for row in episodes(finished_run) if row["split"] == "train"]
+    assert figures["env_steps"] == sum(row["env_steps"] for row in trained)
+    assert figures["final"]["episodes"] == 4
+    assert figures["published_bytes_per_update"] == numbers(finished_run)[0]["publish/bytes"]
+    assert 0 < figures["published_bytes_per_update"] < figures["model_bytes"]
+    assert figures["total_seconds"] > figures["rl_seconds"] > 0
+
+
+def test_the_sampler_ratio_is_measured_in_every_update(finished_run):
+    for row in numbers(finished_run):
+        assert row["learn/sampler_ratio_decisions"] >= 8
+        assert row["learn/sampler_ratio_max_error"] <= 1e-4
+        assert row["canary/max_abs_logprob_diff"] <= 1e-4
+
+
+def test_the_same_seed_gives_the_same_numbers_f62(finished_run, tmp_path):
+    for name in ("a", "b"):
+        run_training(from_policy(finished_run, tmp_path / name), inline=True, resume=False)
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+    assert episodes(tmp_path / "a") == episodes(tmp_path / "b")
+    run_training(from_policy(finished_run, tmp_path / "c", seed=1), inline=True, resume=False)
+    assert numbers(tmp_path / "a") != numbers(tmp_path / "c")
+
+
+def test_n_plus_m_updates_equal_n_save_load_m_f61(finished_run, tmp_path):
+    run_training(from_policy(finished_run, tmp_path / "whole"), inline=True, resume=False)
+    first = from_policy(finished_run, tmp_path / "parts", num_iterations=2)
+    run_training(first, inline=True, resume=False)
+    run_training(replace(first, num_iterations=3), inline=True, resume=True)
+    assert numbers(tmp_path / "whole") == numbers(tmp_path / "parts")
+    whole, parts = load_latest(str(tmp_path / "whole")), load_latest(str(tmp_path / "parts"))
+    assert whole is not None
+    assert parts is not None
+    assert whole.state["learner"] == parts.state["learner"]
+    for file, tensors in whole.arrays.items():
+        for name, value in tensors.items():
+            assert (value == parts.arrays[file][name]).all(), name
+    assert [row["label"] for row in evaluations(tmp_path / "parts")].count("warm_start") == 1
+
+
+def test_full_training_publishes_everything(finished_run, tmp_path):
+    learner = replace(toy_config(tmp_path).learner, train="full")
+    run_training(from_policy(finished_run, tmp_path, learner=learner), inline=True, resume=False)
+    figures = summary(tmp_path)
+    assert figures["published_bytes_per_update"] == pytest.approx(figures["model_bytes"], rel=0.05)
+
+
+def test_shuffled_rewards_run_through(finished_run, tmp_path):
+    rollout = replace(toy_config(tmp_path).rollout, shuffle_rewards=True)
+    assert run_training(from_policy(finished_run, tmp_path, rollout=rollout), inline=True, resume=False) == 0
+
+
+def test_a_server_that_keeps_old_weights_is_caught(finished_run, tmp_path, monkeypatch):
+    """The defect of a served model that never changes (algorithms 2.9 #2): the version moves, the weights do not."""
+    load = TorchEngine.load
+
+    def stale(self, update):
+        if update.version == 0:
+            return load(self, update)
+        self.version = update.version
+        return replace(load_report_of(update), version=update.version)
+
+    monkeypatch.setattr(TorchEngine, "load", stale)
+    cfg = from_policy(finished_run, tmp_path, algorithm=replace(toy_config(tmp_path).algorithm, critic_warmup_updates=0))
+    with pytest.raises(CanaryError, match="version 1"):
+        run_training(cfg, inline=True, resume=False)
+
+
+def load_report_of(update):
+    from vlarl_ray.inference.base import LoadReport
+    from vlarl_ray.weights.canary import update_digests
+
+    return LoadReport(update.version, update_digests(update), 1.0, 0.0)
+
+
+def test_a_tensor_dropped_on_the_way_is_named(finished_run, tmp_path, monkeypatch):
+    load = TorchEngine.load
+
+    def dropping(self, update):
+        return load(self, replace(update, adapters=dict(list(update.adapters.items())[1:])))
+
+    monkeypatch.setattr(TorchEngine, "load", dropping)
+    with pytest.raises(CanaryError, match=r"tensor '.*:A' is missing"):
+        run_training(from_policy(finished_run, tmp_path), inline=True, resume=False)
+
+
+def test_an_engine_that_samples_from_another_distribution_is_caught_before_any_step(finished_run, tmp_path, monkeypatch):
+    """Sampling at another temperature than is scored (algorithms 3.3): the ratio between two sources shows it."""
+    sample = TorchEngine.sample
+    monkeypatch.setattr(
+        TorchEngine,
+        "sample",
+        lambda self, request: sample(self, replace(request, temperature=request.temperature and 1.3)),
+    )
+    with pytest.raises(SamplerMismatchError, match=r"sampler_ratio is .* away from 1 \(allowed 0.0001\) at reach-a"):
+        run_training(from_policy(finished_run, tmp_path), inline=True, resume=False)
+
