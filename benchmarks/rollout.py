@@ -44,23 +44,29 @@ def main() -> None:
         policy = Path(args.policy) if args.policy else untrained_policy(cfg, Path(folder) / "policy")
         ours = measure_ours(cfg, policy, Path(folder), iterations=args.iterations, cores=cores)
         naive = {
-            profile: measure_naive(replace(cfg, env=replace(cfg.env, render_profile=profile)), policy, args.naive_seconds)
+            profile: measure_naive(
+                replace(cfg, env=replace(cfg.env, render_profile=profile)), policy, args.naive_seconds
+            )
             for profile in ("full", "fast")
         }
     figures = {
-        "policy": args.policy and "trained" or "untrained",
+        "policy": "trained" if args.policy else "untrained",
         "ours": ours,
         "naive_default_rendering": naive["full"],
         "naive_fast_rendering": naive["fast"],
         "speedup_over_naive_default": ours["env_steps_per_s"] / naive["full"]["env_steps_per_s"],
         "speedup_over_naive_fast": ours["env_steps_per_s"] / naive["fast"]["env_steps_per_s"],
     }
-    print(f"ours                     {ours['env_steps_per_s']:8.0f} env steps/s   (bar 900)")
-    print(f"limit (CPU time / cores) {ours['limit_env_steps_per_s']:8.0f} env steps/s")
+    rate, limit = ours["env_steps_per_s"], ours["limit_env_steps_per_s"]
+    print(f"ours                     {rate:8.0f} env steps/s   (bar 900)")
+    print(f"limit (CPU time / cores) {limit:8.0f} env steps/s")
     print(f"wall / limit             {ours['wall_over_limit']:8.2f}               (bar 1.15)")
-    print(f"naive, fast rendering    {naive['fast']['env_steps_per_s']:8.1f} env steps/s, ours x{figures['speedup_over_naive_fast']:.1f} (bar 3)")
-    print(f"naive, default rendering {naive['full']['env_steps_per_s']:8.1f} env steps/s, ours x{figures['speedup_over_naive_default']:.1f} (bar 30)")
-    print("CPU-ms a decision: " + ", ".join(f"{k} {v:.2f}" for k, v in ours["cpu_ms_per_decision"].items()))
+    for name, bar in (("fast", 3), ("default", 30)):
+        naive_rate = figures[f"naive_{name}_rendering"]["env_steps_per_s"]
+        speedup = figures[f"speedup_over_naive_{name}"]
+        print(f"naive, {name} rendering {naive_rate:8.1f} env steps/s, ours x{speedup:.1f} (bar {bar})")
+    parts = ours["cpu_ms_per_decision"].items()
+    print("CPU-ms a decision: " + ", ".join(f"{name} {value:.2f}" for name, value in parts))
     if not args.no_save:
         print("wrote", write_result("rollout", figures))
 

@@ -1,4 +1,4 @@
-"""Every knob of a run: one frozen dataclass per component, each field with a sentence. Imports neither torch nor ray."""
+"""Every knob of a run: one frozen dataclass per component, each field with a sentence. Loads neither torch nor ray."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class SFTConfig:
     num_threads: Positive = 2
     """CPU threads of the training process."""
     max_seconds: PositiveFloat | None = None
-    """Keep training past `num_steps`, at the final learning rate, until this wall time (for controls); None stops at `num_steps`."""
+    """Train on past `num_steps`, at the final learning rate, until this wall time (for controls); None stops there."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -378,7 +378,7 @@ class ExperimentConfig:
     seed: NonNegative = 0
     """Seed of everything random in the run."""
     run_dir: str | None = None
-    """Run folder, or a `pyarrow.fs` URI; None takes `runs/<name>-seed<seed>`."""
+    """Run folder on a local or mounted file system; None takes `runs/<name>-seed<seed>`."""
     policy: str | None = None
     """Policy folder to start from; None collects demonstrations and fine-tunes a new policy."""
     num_iterations: NonNegative = 40

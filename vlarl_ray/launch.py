@@ -50,7 +50,7 @@ def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
     from vlarl_ray.report.html import write_report
     from vlarl_ray.train import train
 
-    run_dir = prepare_run_dir(cfg)
+    run_dir = prepare_run_dir(cfg, is_training=True)
     start = time.perf_counter()
     with PeakMemory() as memory:
         suite = make_suite(cfg.env)
@@ -108,11 +108,13 @@ def run_evaluate(cfg: ExperimentConfig, policy: str | None) -> int:
     return 0
 
 
-def prepare_run_dir(cfg: ExperimentConfig) -> Path:
-    """Create the run folder and record the resolved config in it."""
+def prepare_run_dir(cfg: ExperimentConfig, *, is_training: bool = False) -> Path:
+    """Create the run folder and record the resolved config in it; only training replaces a config that is there."""
     run_dir = Path(run_dir_of(cfg))
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(config_to_json(cfg), encoding="utf-8")
+    path = run_dir / "config.json"
+    if is_training or not path.exists():
+        path.write_text(config_to_json(cfg), encoding="utf-8")
     return run_dir
 
 

@@ -35,7 +35,7 @@ def resolve(table: Mapping[str, str], name: str, *, what: str) -> Any:
     """
     target = table.get(name, name)
     if ":" not in target:
-        raise ValueError(f"{what} = {name!r} is unknown; {suggest(name, table)}, or give 'my_package.my_module:MyClass'.")
+        raise ValueError(f"{what} = {name!r} is unknown; {suggest(name, table)}, or give 'my_package.module:MyClass'.")
     module_name, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)

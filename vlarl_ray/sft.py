@@ -32,10 +32,25 @@ _FINAL_FRACTION = 0.02
 class Demonstration(Protocol):
     """What is read of a demonstration of T env steps."""
 
-    instruction: str
-    frames: UInt8[np.ndarray, "T1 V H W 3"]
-    actions: Float32[np.ndarray, "T D"]
-    proprio: Float32[np.ndarray, "T1 P"]
+    @property
+    def instruction(self) -> str:
+        """The task."""
+        ...
+
+    @property
+    def frames(self) -> UInt8[np.ndarray, "T1 V H W 3"]:
+        """RGB, upright; before every env step, and after the last."""
+        ...
+
+    @property
+    def actions(self) -> Float32[np.ndarray, "T D"]:
+        """Executed actions, env units."""
+        ...
+
+    @property
+    def proprio(self) -> Float32[np.ndarray, "T1 P"]:
+        """Proprioception with each frame."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ def train(cfg: ExperimentConfig, system: System) -> None:
                 recorder.save(iteration, version, system.learner, system.algorithm)
         if cfg.evaluation.every_updates and version % cfg.evaluation.every_updates == 0:
             recorder.log_evaluation("update", evaluate(cfg.evaluation, system, version=version), iteration=iteration)
-    recorder.save(iteration, version, system.learner, system.algorithm)
+    if version % cfg.checkpoint.every_updates:
+        recorder.save(iteration, version, system.learner, system.algorithm)
     recorder.log_evaluation("final", evaluate(cfg.evaluation, system, version=version), iteration=iteration)
 
 

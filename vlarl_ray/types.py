@@ -59,7 +59,8 @@ class TaskSpec:
         Raises:
             ValueError: If iteration, slot or decision exceed their bit fields (24, 20 and 20 bits).
         """
-        for name, value, bits in (("iteration", self.iteration, 24), ("slot", self.slot, 20), ("decision", decision, 20)):
+        fields = (("iteration", self.iteration, 24), ("slot", self.slot, 20), ("decision", decision, 20))
+        for name, value, bits in fields:
             if not 0 <= value < 1 << bits:
                 raise ValueError(f"{name} = {value} does not fit the {bits} bits of a noise key.")
         return (self.seed & (1 << 64) - 1, self.iteration << 40 | self.slot << 20 | decision)

@@ -39,7 +39,12 @@ def fine_tuned_policy(cfg: ExperimentConfig, suite: Suite, demos: list[Demonstra
 
     instructions = [suite.instruction(task_id) for task_id in suite.task_ids]
     env = cfg.env
-    trained_on = {"suite": env.suite, "camera": env.camera, "image_size": env.image_size, "render_profile": env.render_profile}
+    trained_on = {
+        "suite": env.suite,
+        "camera": env.camera,
+        "image_size": env.image_size,
+        "render_profile": env.render_profile,
+    }
     model = new_policy(cfg.model, instructions, cfg.seed, metadata=trained_on)
     run_sft(model, demos, cfg.sft, chunk_length=cfg.model.chunk_length, seed=cfg.seed, log=_LOG.info)
     model.save(folder)

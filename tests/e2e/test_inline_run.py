@@ -105,7 +105,9 @@ def test_a_server_that_keeps_old_weights_is_caught(finished_run, tmp_path, monke
         return replace(load_report_of(update), version=update.version)
 
     monkeypatch.setattr(TorchEngine, "load", stale)
-    cfg = from_policy(finished_run, tmp_path, algorithm=replace(toy_config(tmp_path).algorithm, critic_warmup_updates=0))
+    cfg = from_policy(
+        finished_run, tmp_path, algorithm=replace(toy_config(tmp_path).algorithm, critic_warmup_updates=0)
+    )
     with pytest.raises(CanaryError, match="version 1"):
         run_training(cfg, inline=True, resume=False)
 
@@ -128,7 +130,9 @@ def test_a_tensor_dropped_on_the_way_is_named(finished_run, tmp_path, monkeypatc
         run_training(from_policy(finished_run, tmp_path), inline=True, resume=False)
 
 
-def test_an_engine_that_samples_from_another_distribution_is_caught_before_any_step(finished_run, tmp_path, monkeypatch):
+def test_an_engine_that_samples_from_another_distribution_is_caught_before_any_step(
+    finished_run, tmp_path, monkeypatch
+):
     """Sampling at another temperature than is scored (algorithms 3.3): the ratio between two sources shows it."""
     sample = TorchEngine.sample
     monkeypatch.setattr(
@@ -138,4 +142,3 @@ def test_an_engine_that_samples_from_another_distribution_is_caught_before_any_s
     )
     with pytest.raises(SamplerMismatchError, match=r"sampler_ratio is .* away from 1 \(allowed 0.0001\) at reach-a"):
         run_training(from_policy(finished_run, tmp_path), inline=True, resume=False)
-

@@ -142,5 +142,3 @@ def test_metrics_are_seen_in_a_scrape_of_the_node(cluster):
         found = next((line for line in lines if line.startswith("ray_vlarl_rollout_success_rate{")), "")
     assert 'run="scraped-run"' in found
     assert found.endswith(" 0.625")
-
-

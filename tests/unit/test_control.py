@@ -34,9 +34,7 @@ def test_the_permutation_depends_on_seed_and_iteration():
     groups = make_groups()
 
     def returns(seed, iteration):
-        return tuple(
-            g.trajectories[0].episode_return for g in shuffle_rewards(groups, seed=seed, iteration=iteration)
-        )
+        return tuple(g.trajectories[0].episode_return for g in shuffle_rewards(groups, seed=seed, iteration=iteration))
 
     assert returns(0, 0) == returns(0, 0)
     assert len({returns(0, 0), returns(0, 1), returns(1, 0)}) == 3

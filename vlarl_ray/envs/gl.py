@@ -64,7 +64,7 @@ os._exit(0)
 """
 
 
-class GLUnavailableError(RuntimeError):
+class GLUnavailableError(ValueError):
     """No headless OpenGL backend works here; the message says what to install."""
 
 

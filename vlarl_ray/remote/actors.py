@@ -52,7 +52,11 @@ class EnvWorkerActor:
         """Run one episode; returns (trajectory without frames, frames), or (failure, None)."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future = loop.create_future()
-        self._inbox.put((task, lambda outcome: loop.call_soon_threadsafe(done.set_result, outcome)))
+
+        def answer(outcome: Any) -> None:
+            loop.call_soon_threadsafe(done.set_result, outcome)
+
+        self._inbox.put((task, answer))
         outcome = await done
         if isinstance(outcome, Exception):
             raise outcome

@@ -70,7 +70,7 @@ class RayPool:
         running = self._running.pop(reference)
         self._load[running.worker] -= 1
         try:
-            outcome = ray.get(reference)
+            outcome: Any = ray.get(reference)
         except RayTaskError as error:
             # Not a simulator's failure (those come as values) but the worker's own, such as a server that refuses.
             raise RuntimeError(f"env worker {running.worker} failed: {error.cause}") from error

@@ -91,7 +91,7 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
 
 
 def _actor(kind: type, *, max_restarts: int, **options: Any) -> Any:
-    """Make an actor class. Calls are never retried by Ray, which would run them at least once; the ledger redoes them."""
+    """Make an actor class. Ray never retries calls (that would run them at least once); the ledger redoes episodes."""
     return ray.remote(kind).options(max_restarts=max_restarts, max_task_retries=0, **options)
 
 
