@@ -17,9 +17,12 @@ setup() {
     stamp=.venv/installed.sha256
     [ "$(cat "$stamp" 2> /dev/null)" = "$wanted" ] && return
     .venv/bin/python -m pip install --quiet --no-deps -r requirements.lock
-    # PyPI's torch is a CUDA build whose libraries the lock leaves out; the CPU build comes from PyTorch's own index
-    .venv/bin/python -c "import torch" 2> /dev/null || .venv/bin/python -m pip install --quiet --no-deps --force-reinstall \
-        --index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+    .venv/bin/python -c "import torch" 2> /dev/null || {
+        # where pip is offered a CUDA build only, its libraries are missing: the lock leaves these gigabytes out
+        echo "torch does not load. Install the CPU build of torch 2.13.0 into .venv, as https://pytorch.org/get-started/locally/" \
+            "says (choose Pip and CPU), with .venv/bin/python -m pip; then run $0 again." >&2
+        exit 2
+    }
     .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
     echo "$wanted" > "$stamp"
 }

@@ -3,9 +3,10 @@
 Ours is the real system (Ray, two env workers, one inference server) with an untrained policy, so that every episode
 runs to the horizon and nothing depends on what a policy has learned; `--policy` takes a trained one. The naive loops
 are one process that renders a frame after every env step and asks the same policy for one chunk at a time: with
-Meta-World's default rendering, and with our fast profile. The limit is (CPU time of simulation, rendering and inference) / cores.
+Meta-World's default rendering, and with our fast profile. The limit is the CPU time of simulation, rendering and
+inference / cores.
 
-    python benchmarks/rollout.py [--policy DIR] [--iterations 3] [--no-save]
+    python -m benchmarks.rollout [--policy DIR] [--iterations 3] [--no-save]
 """
 
 from __future__ import annotations
