@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
     from vlarl_ray.report.html import write_report
     from vlarl_ray.train import train
 
+    cfg = with_policys_model(cfg)
     run_dir = prepare_run_dir(cfg, is_training=True)
     start = time.perf_counter()
     with PeakMemory() as memory:
@@ -96,9 +97,10 @@ def run_evaluate(cfg: ExperimentConfig, policy: str | None) -> int:
     """Evaluate a policy folder (or the run folder's own) on the held-out initial states, without Ray."""
     from vlarl_ray.evaluate import evaluate
 
+    cfg = with_policys_model(replace(cfg, policy=policy or str(Path(run_dir_of(cfg)) / "policy")))
     run_dir = prepare_run_dir(cfg)
     suite = make_suite(cfg.env)
-    policy_dir = Path(policy) if policy is not None else run_dir / "policy"
+    policy_dir = Path(str(cfg.policy))
     with PeakMemory() as memory, processes(cfg, policy_dir, inline=True, memory=memory) as where:
         recorder = RunRecorder(run_dir, cfg, suite, summary=new_summary(policy_dir), memory=memory)
         system = build_system(cfg, suite, where, recorder)
@@ -122,8 +124,6 @@ def warm_start(cfg: ExperimentConfig, suite: Suite, run_dir: Path) -> tuple[Path
     """Provide the policy to improve: the given one, or one fine-tuned on scripted demonstrations."""
     if cfg.policy is not None:
         return Path(cfg.policy), new_summary(Path(cfg.policy))
-    from dataclasses import replace
-
     from vlarl_ray.warm_start import demonstrations, expert_steps, fine_tuned_policy
 
     demos = demonstrations(cfg, suite, run_dir)
@@ -132,6 +132,15 @@ def warm_start(cfg: ExperimentConfig, suite: Suite, run_dir: Path) -> tuple[Path
     return policy_dir, replace(
         new_summary(policy_dir), expert_steps_to_success=steps, expert_steps_to_success_per_task=by_task
     )
+
+
+def with_policys_model(cfg: ExperimentConfig) -> ExperimentConfig:
+    """Take the model config from the policy the run starts from, where it starts from one."""
+    if cfg.policy is None:
+        return cfg
+    from vlarl_ray.warm_start import check_policy
+
+    return replace(cfg, model=check_policy(cfg, Path(cfg.policy)))
 
 
 def new_summary(policy_dir: Path) -> RunSummary:

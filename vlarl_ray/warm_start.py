@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from vlarl_ray.config import ExperimentConfig
+from vlarl_ray.config import EnvConfig, ExperimentConfig, ModelConfig
+from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.demos.collect import collect_demonstrations
 from vlarl_ray.demos.store import Demonstration, load_demonstrations
 from vlarl_ray.envs.base import Suite
@@ -31,24 +34,55 @@ def fine_tuned_policy(cfg: ExperimentConfig, suite: Suite, demos: list[Demonstra
         The policy folder, `<run_dir>/policy`.
     """
     folder = run_dir / "policy"
-    if (folder / "model.safetensors").exists():
+    if (folder / "config.json").exists():  # written last
         return folder
     # torch is imported late: a run that starts from a checkpoint never needs it in the driver's start-up.
     from vlarl_ray.models import new_policy
     from vlarl_ray.sft import run_sft
 
     instructions = [suite.instruction(task_id) for task_id in suite.task_ids]
-    env = cfg.env
-    trained_on = {
-        "suite": env.suite,
-        "camera": env.camera,
-        "image_size": env.image_size,
-        "render_profile": env.render_profile,
-    }
-    model = new_policy(cfg.model, instructions, cfg.seed, metadata=trained_on)
+    model = new_policy(cfg.model, instructions, cfg.seed, metadata=camera_settings(cfg.env))
     run_sft(model, demos, cfg.sft, chunk_length=cfg.model.chunk_length, seed=cfg.seed, log=_LOG.info)
     model.save(folder)
     return folder
+
+
+def camera_settings(env: EnvConfig) -> dict[str, Any]:
+    """What a policy's frames depend on; kept with its weights, so that it is not run on other frames by mistake."""
+    return {name: getattr(env, name) for name in ("suite", "camera", "image_size", "render_profile", "options")}
+
+
+def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
+    """Check that a given policy fits the config.
+
+    Returns:
+        The policy's own model config.
+
+    Raises:
+        ConfigError: If its frames were rendered otherwise, or the config describes another model.
+    """
+    from vlarl_ray.models.policy import describe_policy
+
+    description = describe_policy(policy_dir)
+    trained_on = description["metadata"]
+    problems = [
+        f"env.{name} = {wanted!r}, but the policy {policy_dir} was trained with {trained_on[name]!r}; "
+        f"set env.{name} to that, or fine-tune a policy for these frames."
+        for name, wanted in camera_settings(cfg.env).items()
+        if name in trained_on and trained_on[name] != wanted
+    ]
+    model = description["model"]
+    if cfg.model not in (ModelConfig(), model):
+        theirs, ours = asdict(model), asdict(cfg.model)  # type: ignore[call-overload]
+        problems += [
+            f"model.{name} = {ours[name]!r}, but the policy {policy_dir} has {theirs[name]!r}; leave `model` "
+            "out, it comes with the policy."
+            for name in ours
+            if ours[name] != theirs[name]
+        ]
+    if problems:
+        raise ConfigError(problems)
+    return model
 
 
 def expert_steps(demos: list[Demonstration]) -> tuple[float, Mapping[str, float]]:

@@ -178,7 +178,7 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
     with _local(folder_or_uri) as folder:
-        description = _description(folder)
+        description = describe_policy(folder)
         tokenizer_path = folder / "tokenizer.json"
         with torch.device("meta"):
             model = OpenVLA(
@@ -198,7 +198,13 @@ def load_model(
     return model
 
 
-def _description(folder: Path) -> dict[str, Any]:
+def describe_policy(folder: Path) -> dict[str, Any]:
+    """Read a policy folder's `config.json`: `model` (ModelConfig), `action_statistics`, `metadata`.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it does not describe a policy.
+    """
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(

@@ -1,0 +1,137 @@
+"""The headline figure: held-out success of the laptop preset before and after RL, over seeds, with two controls.
+
+For each seed the whole preset runs (demonstrations, warm start, evaluation, RL, evaluation). Controls, same seeds:
+`more_sft` trains the warm start for as long again as the RL part may take (one learning-rate cycle over all of it, the
+strongest form), `shuffled` runs RL with permuted outcomes. Finished runs are kept and skipped, so the script can be
+interrupted and run again; the figures are recomputed from the run folders each time.
+
+    python -m benchmarks.laptop [--seeds 0 1 2] [--parts rl more_sft shuffled] [--folder runs/benchmark-laptop]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks._results import write_result
+from vlarl_ray.metrics.logger import read_jsonl
+
+PRESET = "jobs/laptop.yaml"
+EXTRA_SFT_SECONDS = 900
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--parts", nargs="+", default=["rl", "more_sft", "shuffled"])
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-laptop"))
+    parser.add_argument("--extra-steps-per-second", type=float, default=10.0, help="guess that sizes the longer cycle")
+    args = parser.parse_args()
+    figures: dict[str, Any] = {part: {} for part in ("rl", "more_sft", "shuffled")}
+    for part in args.parts:
+        for seed in args.seeds:
+            {"rl": run_rl, "more_sft": run_more_sft, "shuffled": run_shuffled}[part](args, seed)
+    for seed in args.seeds:
+        for part in figures:
+            found = read_run(args.folder / f"{part}-seed{seed}", final=part != "more_sft")
+            if found:
+                figures[part][f"seed {seed}"] = found
+    show(figures)
+    print("wrote", write_result("laptop", figures))
+
+
+def run_rl(args: argparse.Namespace, seed: int) -> None:
+    """The preset as a user runs it."""
+    folder = args.folder / f"rl-seed{seed}"
+    if not is_finished(folder):
+        vlarl("train", PRESET, "--seed", seed, "--run-dir", folder, *(["--resume"] if folder.exists() else []))
+
+
+def run_more_sft(args: argparse.Namespace, seed: int) -> None:
+    """The warm start alone, trained for 15 more minutes."""
+    folder = args.folder / f"more_sft-seed{seed}"
+    if (folder / "evaluations.jsonl").exists():
+        return
+    steps = round(EXTRA_SFT_SECONDS * args.extra_steps_per_second)
+    start = time.monotonic()
+    common = (PRESET, "--seed", seed, "--run-dir", folder, "--sft.num_steps", steps)
+    vlarl("sft", *common, "--sft.max_seconds", EXTRA_SFT_SECONDS)
+    (folder / "control.json").write_text(json.dumps({"seconds": time.monotonic() - start, "steps": steps}))
+    vlarl("evaluate", *common)
+
+
+def run_shuffled(args: argparse.Namespace, seed: int) -> None:
+    """RL from the same warm start, on outcomes that were permuted."""
+    folder = args.folder / f"shuffled-seed{seed}"
+    policy = args.folder / f"rl-seed{seed}" / "policy"
+    if not is_finished(folder):
+        resume = ["--resume"] if folder.exists() else []
+        vlarl(
+            "train", PRESET, "--seed", seed, "--run-dir", folder, "--policy", policy,
+            "--rollout.shuffle_rewards", "true", *resume,
+        )  # fmt: skip
+
+
+def vlarl(*words: Any) -> None:
+    print("+ vlarl", *words, flush=True)
+    subprocess.run([str(Path(sys.executable).parent / "vlarl"), *map(str, words)], check=True)
+
+
+def is_finished(folder: Path) -> bool:
+    path = folder / "summary.json"
+    return path.exists() and json.loads(path.read_text())["final"] is not None
+
+
+def read_run(folder: Path, *, final: bool) -> dict[str, Any] | None:
+    """Figures of a run folder; None if it is not finished."""
+    rows = read_jsonl(folder / "evaluations.jsonl")
+    if not rows or (final and not is_finished(folder)):
+        return None
+    result = {row["label"]: condensed(row) for row in rows if row["label"] != "update"}
+    if final:
+        summary = json.loads((folder / "summary.json").read_text())
+        names = (
+            "rl_seconds", "total_seconds", "env_steps", "env_steps_per_s", "peak_rss_bytes", "model_bytes",
+            "published_bytes_per_update", "expert_steps_to_success", "expert_steps_to_success_per_task",
+        )  # fmt: skip
+        result |= {name: summary[name] for name in names}
+    else:
+        result |= json.loads((folder / "control.json").read_text())
+    return result
+
+
+def condensed(row: dict[str, Any]) -> dict[str, Any]:
+    names = (
+        "success_rate",
+        "ci_low",
+        "ci_high",
+        "episodes",
+        "steps_to_success",
+        "steps_to_success_all",
+        "temperature",
+        "split",
+    )
+    per_task = {task["task_id"]: [task["success_rate"], task["steps_to_success"]] for task in row["per_task"]}
+    return {**{name: row[name] for name in names}, "per_task": per_task}
+
+
+def show(figures: dict[str, Any]) -> None:
+    for part, seeds in figures.items():
+        for seed, figure in seeds.items():
+            for label in ("warm_start", "final", "evaluate"):
+                if label in figure:
+                    row = figure[label]
+                    tasks = ", ".join(f"{task} {rate:.2f}" for task, (rate, _) in row["per_task"].items())
+                    steps = row["steps_to_success"]
+                    interval = f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+                    steps = None if steps is None else round(steps, 1)
+                    print(f"{part:9} {seed} {label:10} {row['success_rate']:.3f} {interval} steps {steps} ({tasks})")
+
+
+if __name__ == "__main__":
+    main()
