@@ -13,6 +13,7 @@ from typing import Any
 
 from vlarl_ray.config import ExperimentConfig
 from vlarl_ray.config_loader import config_to_json, run_dir_of
+from vlarl_ray.demos.expert import expert_reference
 from vlarl_ray.envs import make_suite
 from vlarl_ray.envs.base import Suite
 from vlarl_ray.recorder import RunRecorder
@@ -78,10 +79,10 @@ def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
 
 def run_collect(cfg: ExperimentConfig) -> int:
     """Collect demonstrations into the run folder."""
-    from vlarl_ray.warm_start import demonstrations, expert_steps
+    from vlarl_ray.warm_start import demonstrations
 
     demos = demonstrations(cfg, make_suite(cfg.env), prepare_run_dir(cfg))
-    _LOG.info("%d demonstrations, %.1f env steps each", len(demos), expert_steps(demos)[0])
+    _LOG.info("%d demonstrations, %d env steps", len(demos), sum(len(demo.actions) for demo in demos))
     return 0
 
 
@@ -123,14 +124,20 @@ def prepare_run_dir(cfg: ExperimentConfig, *, is_training: bool = False) -> Path
 def warm_start(cfg: ExperimentConfig, suite: Suite, run_dir: Path) -> tuple[Path, RunSummary]:
     """Provide the policy to improve: the given one, or one fine-tuned on scripted demonstrations."""
     if cfg.policy is not None:
-        return Path(cfg.policy), new_summary(Path(cfg.policy))
-    from vlarl_ray.warm_start import demonstrations, expert_steps, fine_tuned_policy
+        policy_dir = Path(cfg.policy)
+    else:
+        from vlarl_ray.warm_start import demonstrations, fine_tuned_policy
 
-    demos = demonstrations(cfg, suite, run_dir)
-    policy_dir = fine_tuned_policy(cfg, suite, demos, run_dir)
-    steps, by_task = expert_steps(demos)
+        policy_dir = fine_tuned_policy(cfg, suite, demonstrations(cfg, suite, run_dir), run_dir)
+    expert = expert_reference(cfg.env, states_per_task=cfg.evaluation.states_per_task, path=run_dir / "expert.json")
+    summary = new_summary(policy_dir)
+    if expert is None:
+        return policy_dir, summary
     return policy_dir, replace(
-        new_summary(policy_dir), expert_steps_to_success=steps, expert_steps_to_success_per_task=by_task
+        summary,
+        expert_success_rate=expert.success_rate,
+        expert_steps_to_success=expert.steps_to_success,
+        expert_steps_to_success_per_task=expert.steps_to_success_per_task,
     )
 
 

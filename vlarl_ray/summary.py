@@ -44,6 +44,8 @@ class RunSummary:
     """Mean size of a publication."""
     model_bytes: int | None = None
     """Size of the full model, in the precision it is served in."""
+    expert_success_rate: float | None = None
+    """Success of the noise-free scripted expert on the held-out states, within the same horizon."""
     expert_steps_to_success: float | None = None
     """Scripted expert's mean first successful env step, on its successes."""
     expert_steps_to_success_per_task: Mapping[str, float] = field(default_factory=dict)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from vlarl_ray.config import EnvConfig, ExperimentConfig, ModelConfig
 from vlarl_ray.config_loader import ConfigError
@@ -83,13 +80,3 @@ def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
     if problems:
         raise ConfigError(problems)
     return model
-
-
-def expert_steps(demos: list[Demonstration]) -> tuple[float, Mapping[str, float]]:
-    """Mean env steps to success of the scripted expert: over all demonstrations, and by task."""
-    by_task: dict[str, list[int]] = {}
-    for demo in demos:
-        by_task.setdefault(demo.task_id, []).append(len(demo.actions))
-    return float(np.mean([n for steps in by_task.values() for n in steps])), {
-        task: float(np.mean(steps)) for task, steps in by_task.items()
-    }
