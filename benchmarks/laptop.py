@@ -55,7 +55,7 @@ def run_rl(args: argparse.Namespace, seed: int) -> None:
 def run_more_sft(args: argparse.Namespace, seed: int) -> None:
     """The warm start alone, trained for 15 more minutes."""
     folder = args.folder / f"more_sft-seed{seed}"
-    if (folder / "evaluations.jsonl").exists():
+    if (folder / "evaluation-0.json").exists():
         return
     steps = round(EXTRA_SFT_SECONDS * args.extra_steps_per_second)
     start = time.monotonic()
@@ -73,7 +73,7 @@ def run_shuffled(args: argparse.Namespace, seed: int) -> None:
         resume = ["--resume"] if folder.exists() else []
         vlarl(
             "train", PRESET, "--seed", seed, "--run-dir", folder, "--policy", policy,
-            "--rollout.shuffle_rewards", "true", *resume,
+            "--rollout.shuffle_rewards", "true", "--algorithm.gamma", "1", *resume,
         )  # fmt: skip
 
 
@@ -89,20 +89,22 @@ def is_finished(folder: Path) -> bool:
 
 def read_run(folder: Path, *, final: bool) -> dict[str, Any] | None:
     """Figures of a run folder; None if it is not finished."""
-    rows = read_jsonl(folder / "evaluations.jsonl")
-    if not rows or (final and not is_finished(folder)):
+    if not final:
+        path = folder / "evaluation-0.json"
+        if not path.exists():
+            return None
+        evaluation = condensed(json.loads(path.read_text()))
+        return {"evaluate": evaluation, **json.loads((folder / "control.json").read_text())}
+    if not is_finished(folder):
         return None
+    rows = read_jsonl(folder / "evaluations.jsonl")
     result = {row["label"]: condensed(row) for row in rows if row["label"] != "update"}
-    if final:
-        summary = json.loads((folder / "summary.json").read_text())
-        names = (
-            "rl_seconds", "total_seconds", "env_steps", "env_steps_per_s", "peak_rss_bytes", "model_bytes",
-            "published_bytes_per_update", "expert_steps_to_success", "expert_steps_to_success_per_task",
-        )  # fmt: skip
-        result |= {name: summary[name] for name in names}
-    else:
-        result |= json.loads((folder / "control.json").read_text())
-    return result
+    summary = json.loads((folder / "summary.json").read_text())
+    names = (
+        "rl_seconds", "total_seconds", "env_steps", "env_steps_per_s", "peak_rss_bytes", "model_bytes",
+        "published_bytes_per_update", "expert_steps_to_success", "expert_steps_to_success_per_task",
+    )  # fmt: skip
+    return {**result, **{name: summary[name] for name in names}}
 
 
 def condensed(row: dict[str, Any]) -> dict[str, Any]:

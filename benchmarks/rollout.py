@@ -15,6 +15,7 @@ import argparse
 import os
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +26,7 @@ from benchmarks._results import write_result
 from vlarl_ray.config import ExperimentConfig
 from vlarl_ray.config_loader import load_config
 from vlarl_ray.envs import make_suite
-from vlarl_ray.launch import build_system, new_summary, processes
-from vlarl_ray.recorder import RunRecorder
+from vlarl_ray.launch import build_system, join_ray, processes
 from vlarl_ray.summary import PeakMemory
 from vlarl_ray.types import Trajectory
 
@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.preset, ["--run_dir", folder, "--metrics.progress", "false"])
         policy = Path(args.policy) if args.policy else untrained_policy(cfg, Path(folder) / "policy")
-        ours = measure_ours(cfg, policy, Path(folder), iterations=args.iterations, cores=cores)
+        ours = measure_ours(cfg, policy, iterations=args.iterations, cores=cores)
         naive = {
             profile: measure_naive(
                 replace(cfg, env=replace(cfg.env, render_profile=profile)), policy, args.naive_seconds
@@ -80,11 +80,12 @@ def untrained_policy(cfg: ExperimentConfig, folder: Path) -> Path:
     return folder
 
 
-def measure_ours(cfg: ExperimentConfig, policy: Path, folder: Path, *, iterations: int, cores: int) -> dict:
+def measure_ours(cfg: ExperimentConfig, policy: Path, *, iterations: int, cores: int) -> dict:
     suite = make_suite(cfg.env)
-    with PeakMemory() as memory, processes(cfg, policy, inline=False, memory=memory) as where:
-        recorder = RunRecorder(folder, cfg, suite, summary=new_summary(policy), memory=memory)
-        system = build_system(cfg, suite, where, recorder)
+    with ExitStack() as stack:
+        join_ray(cfg, stack)
+        where = stack.enter_context(processes(cfg, policy, inline=False, memory=PeakMemory()))
+        system = build_system(cfg, suite, where, recorder=None)
         system.weights.publish(0)
         system.ledger.run(system.sampler.training_tasks(0, version=0))  # builds simulators and renderers
         rows = []
@@ -94,7 +95,6 @@ def measure_ours(cfg: ExperimentConfig, policy: Path, folder: Path, *, iteration
             trajectories = system.ledger.run(tasks)
             wall, spent = time.perf_counter() - start, cpu_seconds() - before
             rows.append(one_rollout(trajectories, wall_s=wall, all_cpu_s=spent, cores=cores))
-        recorder.close()
     return sorted(rows, key=lambda row: row["env_steps_per_s"])[len(rows) // 2]
 
 

@@ -165,12 +165,15 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
     from vlarl_ray.config_loader import ConfigError, run_dir_of
 
     config = _config(args, overrides)
-    own = os.path.join(run_dir_of(config), "policy")
-    if config.policy is None and not os.path.isdir(own):
-        raise ConfigError([f"policy = null: {own} is no folder; name the policy folder to evaluate (--policy FOLDER)."])
+    own = [os.path.join(run_dir_of(config), name) for name in ("policy_final", "policy")]
+    policy = config.policy or next(filter(os.path.isdir, own), None)
+    if policy is None:
+        raise ConfigError(
+            [f"policy = null: {own[0]} is no folder; name the policy folder to evaluate (--policy FOLDER)."]
+        )
     from vlarl_ray import launch
 
-    return launch.run_evaluate(config, config.policy)
+    return launch.run_evaluate(config, policy)
 
 
 def _report(args: argparse.Namespace, overrides: list[str]) -> int:

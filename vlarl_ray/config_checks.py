@@ -32,7 +32,7 @@ def check_config(cfg: ExperimentConfig, environ: Mapping[str, str] = os.environ)
         cfg: Fields that are valid one by one.
         environ: Environment variables, which tell whether this is a submitted Ray job.
     """
-    checks = (_names, _tasks, _model, _learning, _rollout, _memory, _devices, _trust)
+    checks = (_names, _tasks, _model, _learning, _rollout, _control, _memory, _devices, _trust)
     return [
         *(p for check in checks for p in check(cfg)),
         *_paths(cfg, in_ray_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in environ),
@@ -163,6 +163,15 @@ def _rollout(cfg: ExperimentConfig) -> Iterator[Problem]:
         advice = "ppo has a critic and compares nothing within a group; set 1, and raise rollout.groups_per_update"
         fields = ("rollout.group_size", "algorithm.name")
         yield Problem(fields, f"rollout.group_size = {rollout.group_size}: {advice}.")
+
+
+def _control(cfg: ExperimentConfig) -> Iterator[Problem]:
+    if cfg.rollout.shuffle_rewards and cfg.algorithm.gamma != 1:
+        message = (
+            f"algorithm.gamma = {cfg.algorithm.gamma}: rollout.shuffle_rewards needs 1, as a discount would tell short "
+            "(successful) episodes from long ones; set algorithm.gamma to 1."
+        )
+        yield Problem(("algorithm.gamma", "rollout.shuffle_rewards"), message)
 
 
 def _memory(cfg: ExperimentConfig) -> Iterator[Problem]:

@@ -170,6 +170,9 @@ def _set(tree: dict[str, Any], path: str, text: str, problems: list[Problem]) ->
     except yaml.YAMLError as error:
         problems.append(Problem((path,), f"{path} = {text!r} is not YAML: {' '.join(str(error).split())}."))
         return
+    if not text.strip():
+        problems.append(Problem((path,), f"{path} = {text!r}: is empty (an unset variable?); write null for none."))
+        return
     if doc is not None and doc.is_text and value is not None:
         value = text
     *sections, name = path.split(".")

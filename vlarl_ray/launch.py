@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import socket
 import time
@@ -23,6 +25,9 @@ from vlarl_ray.summary import PeakMemory, RunSummary, describe_machine, installe
 from vlarl_ray.transport import LocalTransport, Transport
 
 _LOG = logging.getLogger(__name__)
+
+TRAINED_POLICY = "policy_final"
+"""Folder of a run folder with the trained policy, merged."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +52,40 @@ def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
 
     Returns:
         Exit code 0.
+
+    Raises:
+        ClusterTooSmallError: Before anything is written, if the cluster cannot hold the run.
     """
     from vlarl_ray.report.html import write_report
     from vlarl_ray.train import train
+    from vlarl_ray.trained_policy import save_trained_policy
 
     cfg = with_policys_model(cfg)
-    run_dir = prepare_run_dir(cfg, is_training=True)
+    suite = make_suite(cfg.env)
     start = time.perf_counter()
-    with PeakMemory() as memory:
-        suite = make_suite(cfg.env)
+    with ExitStack() as stack:
+        if not inline:
+            join_ray(cfg, stack)
+        run_dir = prepare_run_dir(cfg, is_training=True)
+        memory = stack.enter_context(PeakMemory())
         policy_dir, summary = warm_start(cfg, suite, run_dir)
-        with processes(cfg, policy_dir, inline=inline, memory=memory) as where:
-            recorder = RunRecorder(
-                run_dir,
-                cfg,
-                suite,
-                summary=summary,
-                memory=memory,
-                sinks=where.sinks,
-                resume=resume,
-                seconds_before=time.perf_counter() - start,
-            )
-            try:
-                train(cfg, build_system(cfg, suite, where, recorder))
-            finally:
-                recorder.close()
+        where = stack.enter_context(processes(cfg, policy_dir, inline=inline, memory=memory))
+        seconds_before = time.perf_counter() - start
+        recorder = RunRecorder(
+            run_dir,
+            cfg,
+            suite,
+            summary=summary,
+            memory=memory,
+            sinks=where.sinks,
+            resume=resume,
+            seconds_before=seconds_before,
+        )
+        stack.callback(recorder.close)
+        system = build_system(cfg, suite, where, recorder)
+        version = train(cfg, system)
+        [update] = where.transport.fetch([system.learner.weight_update(version)[0]])
+        save_trained_policy(policy_dir, update, run_dir / TRAINED_POLICY)
     recorder.write_summary()
     _LOG.info("report: %s", write_report(str(run_dir)))
     return 0
@@ -94,20 +108,27 @@ def run_sft(cfg: ExperimentConfig) -> int:
     return 0
 
 
-def run_evaluate(cfg: ExperimentConfig, policy: str | None) -> int:
-    """Evaluate a policy folder (or the run folder's own) on the held-out initial states, without Ray."""
+def run_evaluate(cfg: ExperimentConfig, policy: str) -> int:
+    """Evaluate a policy folder on the held-out initial states, without Ray; nothing of a run in the folder changes.
+
+    The result goes to a new file `evaluation-<number>.json` of the run folder.
+    """
     from vlarl_ray.evaluate import evaluate
 
-    cfg = with_policys_model(replace(cfg, policy=policy or str(Path(run_dir_of(cfg)) / "policy")))
-    run_dir = prepare_run_dir(cfg)
+    cfg = with_policys_model(replace(cfg, policy=policy))
     suite = make_suite(cfg.env)
-    policy_dir = Path(str(cfg.policy))
-    with PeakMemory() as memory, processes(cfg, policy_dir, inline=True, memory=memory) as where:
-        recorder = RunRecorder(run_dir, cfg, suite, summary=new_summary(policy_dir), memory=memory)
-        system = build_system(cfg, suite, where, recorder)
+    with PeakMemory() as memory, processes(cfg, Path(policy), inline=True, memory=memory) as where:
+        system = build_system(cfg, suite, where, recorder=None)
         system.weights.publish(0)
-        recorder.log_evaluation("evaluate", evaluate(cfg.evaluation, system, version=0), iteration=0)
-        recorder.close()
+        result = evaluate(cfg.evaluation, system, version=0).result
+    run_dir = Path(run_dir_of(cfg))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = next(p for n in itertools.count() if not (p := run_dir / f"evaluation-{n}.json").exists())
+    path.write_text(json.dumps({"policy": policy, **result.to_dict()}, indent=2) + "\n", encoding="utf-8")
+    _LOG.info(
+        "%s: success %.3f [%.3f, %.3f], %d episodes, %s; %s",
+        policy, result.success_rate, result.ci_low, result.ci_high, result.episodes, result.split, path,
+    )  # fmt: skip
     return 0
 
 
@@ -159,22 +180,30 @@ def new_summary(policy_dir: Path) -> RunSummary:
     )
 
 
-@contextmanager
-def processes(cfg: ExperimentConfig, policy_dir: Path, *, inline: bool, memory: PeakMemory) -> Iterator[Processes]:
-    """Start env workers, servers and learner ranks; end them on leaving, however the run ends."""
-    with ExitStack() as stack:
-        yield _inline_processes(cfg, policy_dir, stack) if inline else _ray_processes(cfg, policy_dir, stack)
-
-
-def _ray_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack) -> Processes:
+def join_ray(cfg: ExperimentConfig, stack: ExitStack) -> None:
+    """Start or join Ray, and check that it is large enough."""
     import ray
 
-    from vlarl_ray.remote.cluster import connect
-    from vlarl_ray.remote.metrics_sink import RayMetricsSink
-    from vlarl_ray.remote.system import build_remote
+    from vlarl_ray.remote.cluster import check_resources, connect
 
     connect(cfg)
     stack.callback(ray.shutdown)
+    check_resources(cfg, ray.cluster_resources(), elastic=cfg.cluster.elastic)
+
+
+@contextmanager
+def processes(cfg: ExperimentConfig, policy_dir: Path, *, inline: bool, memory: PeakMemory) -> Iterator[Processes]:
+    """Start env workers, servers and learner ranks; end them on leaving, however the run ends. Ray must be joined."""
+    with ExitStack() as stack:
+        where = _inline_processes(cfg, policy_dir, stack) if inline else _ray_processes(cfg, policy_dir, stack)
+        memory.watch(where.process_ids)
+        yield where
+
+
+def _ray_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack) -> Processes:
+    from vlarl_ray.remote.metrics_sink import RayMetricsSink
+    from vlarl_ray.remote.system import build_remote
+
     remote = build_remote(cfg, str(policy_dir.resolve()))
     stack.callback(remote.close)
     return Processes(
@@ -205,7 +234,7 @@ def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack)
     return Processes(InlinePool(worker, capacity=num_envs + 2), [engine], [learner], LocalTransport(), [], [])
 
 
-def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder: RunRecorder) -> Any:
+def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder: RunRecorder | None) -> Any:
     """Connect the components; the result is what `train` and `evaluate` work on."""
     from vlarl_ray.learner.group import LearnerGroup
     from vlarl_ray.registry import ALGORITHMS, resolve
@@ -215,7 +244,8 @@ def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder
 
     learner = LearnerGroup(where.ranks, where.transport, deadline_s=cfg.learner.deadline_s)
     ledger = RolloutLedger(where.pool, max_attempts=cfg.rollout.max_attempts)
-    recorder.counters = ledger.counters
+    if recorder is not None:
+        recorder.counters = ledger.counters
     probe = make_probe(
         [suite.instruction(task_id) for task_id in suite.task_ids],
         image_shape=(1, cfg.env.image_size, cfg.env.image_size, 3),

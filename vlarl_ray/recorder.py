@@ -92,6 +92,7 @@ class RunRecorder:
         state = self._checkpoint.state if self._checkpoint else {}
         self.totals = Totals(**state.get("totals", {"other_seconds": seconds_before}))
         self.summary = replace(summary, **state.get("summary", {}))
+        memory.raise_peak(state.get("peak_bytes", 0))
         self._logger = MetricsLogger(
             run_dir,
             cfg.metrics,
@@ -144,6 +145,7 @@ class RunRecorder:
             "offsets": self._logger.offsets(),
             "num_episodes": self._episodes.num_rows,
             "summary": {"warm_start": self.summary.warm_start},
+            "peak_bytes": self._memory.peak_bytes,
         }
         commit(str(self._run_dir), version, arrays=arrays, state=state, keep=self._cfg.checkpoint.keep)
 
@@ -175,7 +177,7 @@ class RunRecorder:
         }
         self._last_counters = replace(self.counters)
         self._logger.log(rollout, numbers, times, extra, iteration=iteration - 1, version=version)
-        self._lap()
+        self.totals.other_seconds += self._lap()
 
     def log_evaluation(self, label: str, evaluation: Evaluation, *, iteration: int) -> None:
         """Write an evaluation; `final` also writes the before/after films."""

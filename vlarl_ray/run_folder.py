@@ -40,7 +40,8 @@ def check_run_dir(config: ExperimentConfig, *, resume: bool) -> list[Problem]:
     if not isinstance(saved, dict):
         return [_problem(run_dir, f"its {CONFIG_FILE} is damaged; choose another --run-dir")]
     current = json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = [path for path in _differences(saved, current) if path.split(".")[0] not in MAY_CHANGE_ON_RESUME]
+    free = {*MAY_CHANGE_ON_RESUME, *(["model"] if config.policy is not None else [])}  # the policy brings its model
+    changed = [path for path in _differences(saved, current) if path.split(".")[0] not in free]
     if changed:
         listed = ", ".join(changed[:6]) + (f" and {len(changed) - 6} more" if len(changed) > 6 else "")
         advice = "choose another --run-dir, or give the run's own configuration"

@@ -147,6 +147,16 @@ class PeakMemory:
         """Largest sample so far."""
         return self._peak_bytes
 
+    def watch(self, pids: Sequence[int]) -> None:
+        """Count further processes (those of a cluster that this process did not start)."""
+        with self._lock:
+            self._pids = (*self._pids, *pids)
+
+    def raise_peak(self, peak_bytes: int) -> None:
+        """Take over the peak of the run before it was resumed."""
+        with self._lock:
+            self._peak_bytes = max(self._peak_bytes, peak_bytes)
+
     def sample(self) -> int:
         """Measure now, in bytes; also raises the peak."""
         processes = {process.pid: process for pid in self._pids for process in _family(pid)}

@@ -49,18 +49,24 @@ class System:
     algorithm: Algorithm
     learner: LearnerGroup
     weights: WeightPublisher
-    recorder: RunRecorder
+    recorder: RunRecorder | None
+    """None where nothing is trained."""
     transport: Transport
 
 
-def train(cfg: ExperimentConfig, system: System) -> None:
+def train(cfg: ExperimentConfig, system: System) -> int:
     """Improve the policy until `cfg.num_iterations`, or until `cfg.max_rl_seconds` have passed.
+
+    Returns:
+        The last version.
 
     Raises:
         SamplerMismatchError: If the engine's log-probabilities are not the learner's.
         CanaryError: If a server does not hold the published weights.
     """
-    recorder, timer = system.recorder, system.recorder.timer
+    recorder = system.recorder
+    assert recorder is not None
+    timer = recorder.timer
     iteration, version = recorder.restore(system.learner, system.algorithm)  # 0, 0 on a fresh run
     system.weights.publish(version)  # inference answers with these weights
     if version == 0:
@@ -80,6 +86,7 @@ def train(cfg: ExperimentConfig, system: System) -> None:
         with timer("publish"):
             published = system.weights.publish(version)
         recorder.log_update(iteration, version, groups, {**ratios, **losses, **published})
+        del groups, learned, scores, batch  # frees their frames before the next rollout fills the object store
         if version % cfg.checkpoint.every_updates == 0:
             with timer("checkpoint"):
                 recorder.save(iteration, version, system.learner, system.algorithm)
@@ -88,6 +95,7 @@ def train(cfg: ExperimentConfig, system: System) -> None:
     if version % cfg.checkpoint.every_updates:
         recorder.save(iteration, version, system.learner, system.algorithm)
     recorder.log_evaluation("final", evaluate(cfg.evaluation, system, version=version), iteration=iteration)
+    return version
 
 
 def check_sampler_ratio(
@@ -113,7 +121,12 @@ def check_sampler_ratio(
         difference = np.where(trajectory.token_mask(), score.logprobs - trajectory.behaviour_logprobs, 0.0).sum(axis=1)
         distance = np.abs(np.expm1(difference))
         count += len(distance)
-        if not distance.max() <= worst:
+        if not np.isfinite(distance).all():
+            raise SamplerMismatchError(
+                f"sampler_ratio is not finite at {trajectory.task.task_id}, slot {trajectory.task.slot}, decision "
+                f"{int(np.isfinite(distance).argmin())}: a log-probability of engine or learner is NaN or infinite."
+            )
+        if distance.max() > worst:
             worst = float(distance.max())
             where = f"{trajectory.task.task_id}, slot {trajectory.task.slot}, decision {int(distance.argmax())}"
     if not worst <= tolerance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tests.e2e.toy_run import episodes, evaluations, numbers, summary, toy_config
 from vlarl_ray.checkpoint import load_latest
 from vlarl_ray.inference.torch_server import TorchEngine
-from vlarl_ray.launch import run_training
+from vlarl_ray.launch import run_evaluate, run_training
 from vlarl_ray.train import SamplerMismatchError
 from vlarl_ray.weights.canary import CanaryError
 
@@ -30,7 +31,7 @@ def test_a_run_leaves_a_complete_folder(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert names >= {
         "config.json", "metrics.jsonl", "evaluations.jsonl", "episodes.parquet", "checkpoints", "videos", "report.html",
-        "summary.json", "policy", "demos",
+        "summary.json", "policy", "policy_final", "demos",
     }  # fmt: skip
     assert [row["version"] for row in numbers(finished_run)] == [1, 2, 3]
     assert [row["label"] for row in evaluations(finished_run)] == ["warm_start", "final"]
@@ -55,6 +56,17 @@ def test_the_sampler_ratio_is_measured_in_every_update(finished_run):
         assert row["learn/sampler_ratio_decisions"] >= 8
         assert row["learn/sampler_ratio_max_error"] <= 1e-4
         assert row["canary/max_abs_logprob_diff"] <= 1e-4
+
+
+def test_the_trained_policy_is_saved_merged_and_evaluates_as_in_the_run(finished_run):
+    before = {path.name: path.read_bytes() for path in finished_run.iterdir() if path.is_file()}
+    run_evaluate(toy_config(finished_run), str(finished_run / "policy_final"))
+    result = json.loads((finished_run / "evaluation-0.json").read_text())
+    final = evaluations(finished_run)[-1]
+    assert final["label"] == "final"
+    assert (result["success_rate"], result["per_task"]) == (final["success_rate"], final["per_task"])
+    after = {path.name: path.read_bytes() for path in finished_run.iterdir() if path.is_file()}
+    assert {name: after[name] for name in before} == before  # evaluating changes nothing of the run
 
 
 def test_the_same_seed_gives_the_same_numbers_f62(finished_run, tmp_path):
@@ -91,7 +103,9 @@ def test_full_training_publishes_everything(finished_run, tmp_path):
 
 def test_shuffled_rewards_run_through(finished_run, tmp_path):
     rollout = replace(toy_config(tmp_path).rollout, shuffle_rewards=True)
-    assert run_training(from_policy(finished_run, tmp_path, rollout=rollout), inline=True, resume=False) == 0
+    algorithm = replace(toy_config(tmp_path).algorithm, gamma=1.0)
+    cfg = from_policy(finished_run, tmp_path, rollout=rollout, algorithm=algorithm)
+    assert run_training(cfg, inline=True, resume=False) == 0
 
 
 def test_a_server_that_keeps_old_weights_is_caught(finished_run, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ ray = pytest.importorskip("ray")
 from tests.e2e.toy_run import episodes, numbers, toy_config  # noqa: E402
 from vlarl_ray.config import ClusterConfig  # noqa: E402
 from vlarl_ray.launch import run_training  # noqa: E402
-from vlarl_ray.remote.cluster import ClusterTooSmallError, check_resources, reserve, wanted_resources  # noqa: E402
+from vlarl_ray.remote.cluster import ClusterTooSmallError, reserve, wanted_resources  # noqa: E402
 from vlarl_ray.remote.system import build_remote  # noqa: E402
 
 pytestmark = pytest.mark.ray
@@ -78,11 +78,15 @@ def test_env_workers_share_the_gpus_of_the_servers_evenly(cluster, policy, tmp_p
     assert ranks[0]["gpu_ids"][0] not in {s["gpu_ids"][0] for s in servers}
 
 
-def test_a_cluster_too_small_is_refused_before_any_actor_starts(cluster, tmp_path):
-    cfg = toy_config(tmp_path, cluster=ClusterConfig(cpus_per_worker=100.0, gpus_per_rank=5.0))
+def test_a_cluster_too_small_is_refused_before_anything_starts_or_is_written(cluster, tmp_path, monkeypatch):
+    cfg = toy_config(tmp_path / "run", cluster=ClusterConfig(cpus_per_worker=100.0, gpus_per_rank=5.0))
     assert wanted_resources(cfg) == {"CPU": 100.5, "GPU": 5.0}
+    monkeypatch.setattr(ray, "init", lambda *args, **kwargs: None)  # the cluster of the fixture is joined already
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     with pytest.raises(ClusterTooSmallError, match=r"CPU: 100.5 wanted, 8 there.*GPU: 5 wanted, 4 there"):
-        check_resources(cfg, ray.cluster_resources(), elastic=False)
+        run_training(cfg, inline=False, resume=False)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
 
 
 def test_places_that_do_not_come_are_an_error_and_not_a_hang(cluster, tmp_path):

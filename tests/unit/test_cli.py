@@ -87,7 +87,7 @@ def test_a_malformed_command_line_is_a_user_error(argv, capsys):
 
 def test_evaluate_without_a_policy_and_report_without_a_folder_say_what_to_add(capsys):
     assert main(["evaluate", "--run-dir", "nowhere"]) == 2
-    assert "nowhere/policy is no folder" in capsys.readouterr().err
+    assert "nowhere/policy_final is no folder" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "vlarl report RUN_DIR" in capsys.readouterr().err
 

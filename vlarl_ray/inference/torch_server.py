@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,8 @@ class TorchEngine:
                 pristine = base.get_tensor(name).float()
                 target = merged_weight(pristine, _tensor(a), _tensor(b), update.lora_scale)
                 self._assign(name, target)
+                if not torch.equal(self._parameters[name].cpu(), target.to(self._parameters[name].dtype)):
+                    raise RuntimeError(f"{name} does not hold what was merged into it.")
                 delta = (target - pristine).double()
                 served = (self._parameters[name].float().cpu() - pristine).double()
                 kept += float((served * delta).sum())
@@ -68,7 +71,7 @@ class TorchEngine:
         self.version = update.version
         return LoadReport(
             version=update.version,
-            digests=update_digests(update),
+            digests=update_digests(self._as_served(update)),
             delta_kept=kept / asked if asked else 1.0,
             seconds=time.perf_counter() - start,
         )
@@ -134,6 +137,13 @@ class TorchEngine:
         if instruction not in self._prompts:
             self._prompts[instruction] = self._model.encode_prompts([instruction])
         return self._prompts[instruction]
+
+    def _as_served(self, update: WeightUpdate) -> WeightUpdate:
+        """The update with replaced tensors read back from the model, so that their digests are of what is served."""
+        if self._cfg.dtype != "float32":
+            return update
+        served = {name: self._parameters[name].detach().float().cpu().numpy() for name in update.tensors}
+        return replace(update, tensors=served)
 
     def _assign(self, name: str, value: Tensor) -> None:
         parameter = self._parameters.get(name)

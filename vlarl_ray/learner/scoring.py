@@ -66,7 +66,9 @@ class Scorer:
     def logprobs(self, request: ActRequest, tokens: Int32[np.ndarray, "B L"]) -> Float[Tensor, "B L"]:
         """Score given tokens for the observations of a request, all rows on every rank. Collective."""
         ids, lengths = self._prompts.encode(request.instructions)
-        inputs = PolicyInputs(torch.from_numpy(request.images), ids, lengths, torch.from_numpy(request.proprio))
+        # Copies: arrays from the object store are read-only, which torch does not support.
+        images, proprio = torch.tensor(request.images), torch.tensor(request.proprio)
+        inputs = PolicyInputs(images, ids, lengths, proprio)
         taken = torch.from_numpy(tokens.astype(np.int64))
         parts = []
         for start in range(0, len(request), self._micro_batch_size):

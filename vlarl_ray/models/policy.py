@@ -25,6 +25,7 @@ from vlarl_ray.models.lora import lora_layers
 from vlarl_ray.models.openvla import OpenVLA
 from vlarl_ray.models.tokenizer import PromptTokenizer
 from vlarl_ray.models.vit import LayerScale
+from vlarl_ray.registry import MODELS, resolve
 from vlarl_ray.types import ActionChunk, Observation
 
 FORMAT = "vlarl_ray.policy.1"
@@ -124,7 +125,7 @@ def new_policy(
     tokenizer = PromptTokenizer.train(instructions, vocab_size=config.text_vocab_size)
     tokenizer.encode_batch(list(instructions), max_tokens=config.max_prompt_tokens)
     with torch.device("meta"):
-        model = OpenVLA(config, tokenizer, normalizer=normalizer, metadata=metadata)
+        model = _model_class(config)(config, tokenizer, normalizer=normalizer, metadata=metadata)
     model.to_empty(device="cpu")
     _init_weights(model, seed)
     return model
@@ -181,7 +182,7 @@ def load_model(
         description = describe_policy(folder)
         tokenizer_path = folder / "tokenizer.json"
         with torch.device("meta"):
-            model = OpenVLA(
+            model = _model_class(description["model"])(
                 description["model"],
                 PromptTokenizer.load(tokenizer_path) if tokenizer_path.exists() else None,
                 normalizer=ActionNormalizer(**description["action_statistics"]),
@@ -196,6 +197,10 @@ def load_model(
         parameter.data = parameter.data.to(DTYPES[dtype])
     model.value_head.float()
     return model
+
+
+def _model_class(config: ModelConfig) -> type[OpenVLA]:
+    return resolve(MODELS, config.architecture, what="model.architecture")
 
 
 def describe_policy(folder: Path) -> dict[str, Any]:

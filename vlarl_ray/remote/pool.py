@@ -22,7 +22,6 @@ class _Running:
     task: TaskSpec
     worker: int
     frames: Any
-    started: float
 
 
 class RayPool:
@@ -32,8 +31,8 @@ class RayPool:
         workers: `EnvWorkerActor` handles.
         seats_per_worker: Simulators of each; a few more tasks are queued, so that a freed seat need not wait for the
             driver.
-        deadline_s: An episode that takes longer counts as hung: its worker is killed (Ray restarts it) and all its
-            episodes come back as failures, to be redone.
+        deadline_s: A worker that has episodes and returns none for this long counts as hung: it is killed (Ray
+            restarts it) and all its episodes come back as failures, to be redone.
     """
 
     def __init__(self, workers: Sequence[Any], *, seats_per_worker: int, deadline_s: float) -> None:
@@ -42,18 +41,21 @@ class RayPool:
         self._per_worker = seats_per_worker + max(2, seats_per_worker // 4)
         self._running: dict[Any, _Running] = {}
         self._load = [0] * len(self._workers)
+        self._last_sign = [0.0] * len(self._workers)
         self.capacity = self._per_worker * len(self._workers)
 
     def submit(self, task: TaskSpec) -> None:
         """Send the task to the least loaded worker."""
         worker = min(range(len(self._workers)), key=self._load.__getitem__)
         numbers, frames = self._workers[worker].run_episode.options(num_returns=2).remote(task)
-        self._running[numbers] = _Running(task, worker, frames, time.monotonic())
+        self._running[numbers] = _Running(task, worker, frames)
+        if self._load[worker] == 0:
+            self._last_sign[worker] = time.monotonic()
         self._load[worker] += 1
 
     def collect(self) -> list[Trajectory | EpisodeFailure]:
         """Wait for the next result, or the next deadline."""
-        oldest = min(running.started for running in self._running.values())
+        oldest = min(self._last_sign[running.worker] for running in self._running.values())
         timeout = max(0.0, oldest + self._deadline_s - time.monotonic())
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
         if not ready:
@@ -69,6 +71,7 @@ class RayPool:
     def _take(self, reference: Any) -> Trajectory | EpisodeFailure:
         running = self._running.pop(reference)
         self._load[running.worker] -= 1
+        self._last_sign[running.worker] = time.monotonic()
         try:
             outcome: Any = ray.get(reference)
         except RayTaskError as error:
@@ -84,7 +87,7 @@ class RayPool:
 
     def _kill_hung(self) -> list[Trajectory | EpisodeFailure]:
         now = time.monotonic()
-        hung = {r.worker for r in self._running.values() if now - r.started >= self._deadline_s}
+        hung = {r.worker for r in self._running.values() if now - self._last_sign[r.worker] >= self._deadline_s}
         failures: list[Trajectory | EpisodeFailure] = []
         for worker in hung:
             _LOG.warning("env worker %d: no result for %.0f s; restarting it", worker, self._deadline_s)

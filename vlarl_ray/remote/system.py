@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vlarl_ray.config import ExperimentConfig
 from vlarl_ray.remote.actors import EnvWorkerActor, InferenceServerActor, LearnerRankActor
-from vlarl_ray.remote.cluster import Places, check_resources, reserve
+from vlarl_ray.remote.cluster import Places, reserve
 from vlarl_ray.remote.pool import RayPool
 from vlarl_ray.remote.transport import RayTransport
 
@@ -50,7 +50,6 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
     Raises:
         ClusterTooSmallError: If there is no room; nothing is left running.
     """
-    check_resources(cfg, ray.cluster_resources(), elastic=cfg.cluster.elastic)
     places = reserve(cfg)
     cluster = cfg.cluster
     servers = [
@@ -83,9 +82,9 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
         ).remote(cfg, policy_dir, rank, cfg.learner.num_ranks)
         for rank in range(cfg.learner.num_ranks)
     ]
-    transport = RayTransport()
-    [address] = transport.get([ranks[0].pick_address.remote()], timeout_s=120.0, what="starting learner rank 0")
-    transport.get([rank.start.remote(address) for rank in ranks], timeout_s=300.0, what="starting the learner group")
+    transport, wait_s = RayTransport(), max(300.0, cluster.placement_timeout_s)
+    [address] = transport.get([ranks[0].pick_address.remote()], timeout_s=wait_s, what="starting learner rank 0")
+    transport.get([rank.start.remote(address) for rank in ranks], timeout_s=wait_s, what="starting the learner group")
     pool = RayPool(workers, seats_per_worker=cfg.rollout.envs_per_worker, deadline_s=cfg.rollout.episode_deadline_s)
     return RemoteSystem(pool, servers, ranks, workers, transport, places)
 

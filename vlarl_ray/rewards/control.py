@@ -13,8 +13,9 @@ from vlarl_ray.types import Trajectory, TrajectoryGroup
 def shuffle_rewards(groups: Sequence[TrajectoryGroup], *, seed: int, iteration: int) -> list[TrajectoryGroup]:
     """Permute episode returns among all episodes of an iteration (F76).
 
-    Each return is paid at the last executed env step, and every episode counts as terminated: neither the place of the
-    reward nor the bootstrap may tell success from failure.
+    Each return is paid at the last executed env step, and every episode counts as terminated, so that the bootstrap
+    does not tell success from failure. Use it without a discount (gamma 1): successes end
+    early, and would be worth more.
 
     Args:
         groups: The iteration's groups.
