@@ -1,28 +1,24 @@
 """Our OpenVLA against numbers from the published code on tiny random checkpoints in the official layout."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.golden_data import golden_path
 from vlarl_ray.config import ModelConfig, TowerConfig
 from vlarl_ray.models import ActionNormalizer, PolicyInputs
 from vlarl_ray.models.action_tokens import action_logprobs
 from vlarl_ray.models.openvla import OpenVLA
 
-GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
 TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module", params=["openvla", "openvla_small_vocab"])
 def golden(request):
-    folder = GOLDEN / request.param
-    if not folder.exists():
-        pytest.skip(f"{folder} is not there: the reference numbers are not shipped with the package")
-    return Golden(folder)
+    return Golden(golden_path(request.param))
 
 
 class Golden:
@@ -174,9 +170,7 @@ def test_gradients_of_the_training_loss_are_the_references(golden):
 
 
 def test_parameter_names_and_shapes_at_7b_are_the_official_ones():
-    path = GOLDEN / "openvla_7b_parameters.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not there: the reference numbers are not shipped with the package")
+    path = golden_path("openvla_7b_parameters.json")
     official = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
     with torch.device("meta"):
         model = OpenVLA(openvla_7b())

@@ -1,9 +1,8 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
+from tests.golden_data import golden_path
 from vlarl_ray.models import ActionNormalizer, ActionTokenizer, action_entropy, action_logprobs, gumbel_noise
 from vlarl_ray.models.action_tokens import choose_columns
 
@@ -37,10 +36,7 @@ def test_actions_that_are_not_finite_are_refused():
 
 
 def test_tokens_are_the_published_tokenizers():
-    path = Path(__file__).parents[2].parent / "shared/golden/openvla_preprocess/action_tokenizer.npz"
-    if not path.exists():
-        pytest.skip(f"{path} is not there: the reference numbers are not shipped with the package")
-    golden = np.load(path)
+    golden = np.load(golden_path("openvla_preprocess", "action_tokenizer.npz"))
     tokenizer = ActionTokenizer(int(golden["vocab_size"]))
     for kind in ("f64", "f32"):
         actions = torch.from_numpy(golden[f"actions_{kind}"])

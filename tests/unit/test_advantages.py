@@ -1,9 +1,9 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.golden_data import golden_path
 from vlarl_ray.algorithms.advantages import (
     chunk_rewards,
     explained_variance,
@@ -13,13 +13,9 @@ from vlarl_ray.algorithms.advantages import (
     normalize_advantages,
 )
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "advantages"
-
 
 def golden(name):
-    if not (GOLDEN / name).exists():
-        pytest.skip(f"golden file {GOLDEN / name} is not available")
-    return json.loads((GOLDEN / name).read_text())["cases"]
+    return json.loads(golden_path("advantages", name).read_text())["cases"]
 
 
 def test_f1_leave_one_out_matches_the_specification():

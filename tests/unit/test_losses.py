@@ -1,17 +1,16 @@
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.golden_data import golden_path
 from vlarl_ray.algorithms.base import LossRows, Normalizers
 from vlarl_ray.algorithms.losses import approx_kl, clip_fraction, clipped_surrogate, reduce_log_ratio, value_loss
 from vlarl_ray.algorithms.policy_loss import policy_terms
 from vlarl_ray.config import AlgorithmConfig
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "advantages" / "rloo.json"
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 
 
@@ -198,9 +197,7 @@ def test_log_ratio_is_clamped_against_overflow():
 
 
 def test_golden_token_level_loss_and_gradient():
-    if not GOLDEN.exists():
-        pytest.skip(f"golden file {GOLDEN} is not available")
-    for case in json.loads(GOLDEN.read_text())["cases"]:
+    for case in json.loads(golden_path("advantages", "rloo.json").read_text())["cases"]:
         new = torch.tensor(case["new_logprobs"], requires_grad=True)
         valid = torch.tensor(case["valid"])[:, None]
         mask = torch.tensor(case["token_mask"]) & valid
