@@ -118,7 +118,7 @@ def _help(name: str, command: Command) -> str:
     from vlarl_ray.config_fields import format_fields
 
     flags = {
-        "--inline": "run everything in this process, without Ray: slower, the same numbers, and a debugger works",
+        "--inline": "run everything in this process, without Ray, on one learner rank: slower, and a debugger works",
         "--resume": "go on with the run that is in the run folder",
     }
     listed = "".join(f"\n  {flag:10} {flags[flag]}" for flag in command.flags)

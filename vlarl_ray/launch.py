@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from vlarl_ray.config import ExperimentConfig
-from vlarl_ray.config_loader import config_to_json, run_dir_of
+from vlarl_ray.config_loader import ConfigError, config_to_json, run_dir_of
 from vlarl_ray.demos.expert import expert_reference
 from vlarl_ray.envs import make_suite
 from vlarl_ray.envs.base import Suite
 from vlarl_ray.recorder import RunRecorder
 from vlarl_ray.rollout.ledger import EpisodePool, InlinePool, RolloutLedger
 from vlarl_ray.rollout.tasks import TaskSampler
+from vlarl_ray.run_folder import check_run_dir
 from vlarl_ray.summary import PeakMemory, RunSummary, describe_machine, installed_versions
 from vlarl_ray.transport import LocalTransport, Transport
 
@@ -133,7 +134,14 @@ def run_evaluate(cfg: ExperimentConfig, policy: str) -> int:
 
 
 def prepare_run_dir(cfg: ExperimentConfig, *, is_training: bool = False) -> Path:
-    """Create the run folder and record the resolved config in it; only training replaces a config that is there."""
+    """Create the run folder and record the resolved config in it; only training replaces a config that is there.
+
+    Raises:
+        ConfigError: If the folder holds a run with another configuration, whose files would be taken for this one's.
+    """
+    problems = check_run_dir(cfg, resume=True)
+    if problems:
+        raise ConfigError([problem.message for problem in problems])
     run_dir = Path(run_dir_of(cfg))
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.json"

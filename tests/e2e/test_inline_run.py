@@ -9,8 +9,9 @@ import pytest
 
 from tests.e2e.toy_run import episodes, evaluations, numbers, summary, toy_config
 from vlarl_ray.checkpoint import load_latest
+from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.inference.torch_server import TorchEngine
-from vlarl_ray.launch import run_evaluate, run_training
+from vlarl_ray.launch import run_evaluate, run_sft, run_training
 from vlarl_ray.train import SamplerMismatchError
 from vlarl_ray.weights.canary import CanaryError
 
@@ -156,3 +157,10 @@ def test_an_engine_that_samples_from_another_distribution_is_caught_before_any_s
     )
     with pytest.raises(SamplerMismatchError, match=r"sampler_ratio is .* away from 1 \(allowed 0.0001\) at reach-a"):
         run_training(from_policy(finished_run, tmp_path), inline=True, resume=False)
+
+
+def test_fine_tuning_with_other_settings_does_not_return_the_policy_that_is_there(finished_run):
+    cfg = toy_config(finished_run)
+    with pytest.raises(ConfigError, match=r"another configuration \(sft.num_steps differ\)"):
+        run_sft(replace(cfg, sft=replace(cfg.sft, num_steps=61)))
+    assert run_sft(cfg) == 0

@@ -9,12 +9,12 @@ from vlarl_ray.models.action_tokens import choose_columns
 OFFICIAL = ActionTokenizer(32000)
 
 
-def test_tokens_of_landmark_actions():
+def test_tokens_of_landmark_actions_f21():
     assert OFFICIAL.encode(torch.tensor([-1.0, 0.0, 1.0])).tolist() == [31999, 31872, 31744]
     assert OFFICIAL.first_token == 31744
 
 
-def test_round_trip_error_is_at_most_half_a_bin():
+def test_round_trip_error_is_at_most_half_a_bin_f21():
     grid = torch.linspace(-1, 1, 10_000)
     error = (OFFICIAL.decode(OFFICIAL.encode(grid)) - grid).abs().max().item()
     assert 0.0039 < error <= 0.0039216 + 1e-7
@@ -25,7 +25,7 @@ def test_actions_beyond_the_bounds_take_the_token_of_the_bound():
 
 
 @pytest.mark.parametrize("token", [31743, 32000, 0, -1])
-def test_tokens_outside_the_action_range_are_refused_not_clipped(token):
+def test_tokens_outside_the_action_range_are_refused_not_clipped_f21(token):
     with pytest.raises(ValueError, match=r"31744\.\.31999"):
         OFFICIAL.decode(torch.tensor([31800, token]))
 
@@ -47,7 +47,7 @@ def test_tokens_are_the_published_tokenizers():
         torch.testing.assert_close(tokenizer.decode(expected).double(), decoded, rtol=0, atol=1e-7)
 
 
-def test_quantiles_map_to_the_bounds_and_back_and_masked_dimensions_pass_through():
+def test_quantiles_map_to_the_bounds_and_back_and_masked_dimensions_pass_through_f22():
     normalizer = ActionNormalizer.from_statistics([-0.5, 2.0, 0.0], [0.3, 6.0, 1.0], [True, True, False])
     low, high = torch.tensor([-0.5, 2.0, 0.7]), torch.tensor([0.3, 6.0, 0.7])
     torch.testing.assert_close(normalizer.normalize(low), torch.tensor([-1.0, -1.0, 0.7]))
@@ -68,7 +68,7 @@ def test_useless_statistics_are_refused():
         ActionNormalizer((1.0,), (2.0, 3.0), (True,))
 
 
-def test_temperature_divides_the_logits_of_score_and_sample_alike():
+def test_temperature_divides_the_logits_of_score_and_sample_alike_f44():
     logits, columns = torch.randn(5, 3, 8), torch.randint(0, 8, (5, 3))
     expected = torch.log_softmax(logits / 1.5, -1).gather(-1, columns[..., None])[..., 0]
     torch.testing.assert_close(action_logprobs(logits, columns, temperature=1.5), expected, rtol=0, atol=1e-6)

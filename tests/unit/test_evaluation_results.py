@@ -49,7 +49,7 @@ def test_disjoint_initial_states_are_labelled_held_out():
     assert summarize(make_evaluation()).split == "held-out"
 
 
-def test_one_initial_state_shared_with_training_changes_the_label_and_is_counted():
+def test_one_initial_state_shared_with_training_changes_the_label_and_is_counted_f69():
     result = summarize(make_evaluation(), suite=FakeSuite(shared=[2]))
     assert (result.split, result.num_shared_init_states) == ("shared-init", 3)
 

@@ -47,7 +47,7 @@ def backward(model):
 
 
 @pytest.mark.parametrize("config", [SMALL, LARGE])
-def test_only_adapters_and_value_head_get_gradients(config):
+def test_only_adapters_and_value_head_get_gradients_f28(config):
     model = attached(config)
     with_gradient = backward(model)
     expected = {n for n, _ in model.named_parameters() if ".lora_" in n or n.startswith("value_head.")}
@@ -64,7 +64,7 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_does(config):
     assert (perturb(model)(inputs).logits - before.logits).abs().max() > 1e-2
 
 
-def test_disabled_adapters_give_the_model_before_training_to_the_bit_and_leave_gradients_alone():
+def test_disabled_adapters_give_the_model_before_training_to_the_bit_and_leave_gradients_alone_f28():
     model = perturb(attached())
     inputs = observations(model)
     before, trained = tiny()(inputs), model(inputs)
@@ -84,7 +84,7 @@ def test_disabled_adapters_come_back_after_an_error():
 
 
 @pytest.mark.parametrize("config", [SMALL, LARGE])
-def test_merging_reproduces_the_adapted_model_and_leaves_the_base_untouched(config):
+def test_merging_reproduces_the_adapted_model_and_leaves_the_base_untouched_f28(config):
     model, merged = perturb(attached(config)), tiny()
     inputs, pristine = observations(model), {n: t.clone() for n, t in tiny().state_dict().items()}
     tensors, scale = merged.state_dict(), config.alpha / config.rank
@@ -171,7 +171,7 @@ def test_values_of_a_new_separate_critic_are_those_of_the_shared_one():
 
 
 @pytest.mark.parametrize("detach", [False, True])
-def test_value_gradient_reaches_the_backbone_unless_detached(detach):
+def test_value_gradient_reaches_the_backbone_unless_detached_f33(detach):
     model = perturb(attached(detach_value=detach))
     model(observations(model)).values.sum().backward()
     norm = sum(p.grad.norm() for n, p in model.named_parameters() if ".lora_" in n and p.grad is not None)

@@ -12,7 +12,7 @@ DECODINGS = ["parallel", "autoregressive"]
 
 @pytest.mark.parametrize("decoding", DECODINGS)
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
-def test_sampled_logprobs_are_those_the_scorer_gives(decoding, temperature):
+def test_sampled_logprobs_are_those_the_scorer_gives_f25(decoding, temperature):
     model = tiny(decoding=decoding)
     inputs = observations(model)
     tokens, sampled = model.sample(inputs, temperature=temperature, gumbel=noise(model) if temperature else None)
@@ -21,7 +21,7 @@ def test_sampled_logprobs_are_those_the_scorer_gives(decoding, temperature):
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_every_sampled_token_is_an_action_token(decoding):
+def test_every_sampled_token_is_an_action_token_f20(decoding):
     model = tiny(decoding=decoding)
     inputs, drawn = observations(model, 64), []
     while sum(map(len, drawn)) < 10_000:
@@ -59,7 +59,7 @@ def test_autoregressive_scoring_without_tokens_is_refused():
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_extra_right_padding_changes_nothing(decoding):
+def test_extra_right_padding_changes_nothing_f30(decoding):
     model = tiny(decoding=decoding)
     inputs = observations(model)
     tokens = torch.randint(511, 767, (3, 6))
@@ -73,7 +73,7 @@ def test_extra_right_padding_changes_nothing(decoding):
     )
 
 
-def test_value_depends_on_image_and_prompt():
+def test_value_depends_on_image_and_prompt_f30():
     model = tiny()
     inputs = observations(model)
     values = model(inputs).values
@@ -84,7 +84,7 @@ def test_value_depends_on_image_and_prompt():
     assert ((model(reworded).values - values).abs() > 1e-4).all()
 
 
-def test_read_out_is_the_last_prompt_token_of_every_row():
+def test_read_out_is_the_last_prompt_token_of_every_row_f31():
     """Changing that token changes the value; changing the one after it (padding) does not; nor do later rows."""
     model = tiny()
     inputs = observations(model)
@@ -104,7 +104,7 @@ def test_read_out_is_the_last_prompt_token_of_every_row():
 
 
 @pytest.mark.parametrize(("steepness", "largest", "mean"), [(0.05, 1e-2, 2e-3), (0.25, 5e-2, 1e-2)])
-def test_bfloat16_logprobs_are_close_and_values_stay_fp32(steepness, largest, mean):
+def test_bfloat16_logprobs_are_close_and_values_stay_fp32_f29(steepness, largest, mean):
     model = tiny()
     with torch.no_grad():
         model.language_model.lm_head.weight.mul_(steepness)
