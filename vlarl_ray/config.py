@@ -15,6 +15,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -269,7 +270,7 @@ class LearnerConfig:
     """AdamW learning rate of the value head."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW weight decay."""
-    adam_betas: tuple[UnitInterval, UnitInterval] = (0.9, 0.999)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW betas."""
     adam_eps: PositiveFloat = 1e-5
     """AdamW epsilon."""
@@ -375,7 +376,7 @@ class ExperimentConfig:
 
     name: str = "run"
     """Label of the run."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = 0
     """Seed of everything random in the run."""
     run_dir: str | None = None
     """Run folder on a local or mounted file system; None takes `runs/<name>-seed<seed>`."""

@@ -32,7 +32,7 @@ def check_config(cfg: ExperimentConfig, environ: Mapping[str, str] = os.environ)
         cfg: Fields that are valid one by one.
         environ: Environment variables, which tell whether this is a submitted Ray job.
     """
-    checks = (_names, _tasks, _model, _learning, _rollout, _control, _memory, _devices, _trust)
+    checks = (_names, _tasks, _states, _model, _learning, _rollout, _control, _memory, _devices, _trust)
     return [
         *(p for check in checks for p in check(cfg)),
         *_paths(cfg, in_ray_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in environ),
@@ -50,6 +50,9 @@ def _names(cfg: ExperimentConfig) -> Iterator[Problem]:
         if name not in table and not re.fullmatch(r"[\w.]+:\w+", name):
             advice = f"{registry.suggest(name, table)}, or give 'my_package.my_module:MyClass'"
             yield Problem((path,), f"{path} = {name!r} is unknown; {advice}.")
+        elif name not in table and not _is_importable(name.partition(":")[0]):
+            advice = "its module is not on the Python path; install the package, or mend the name"
+            yield Problem((path,), f"{path} = {name!r}: {advice}.")
     if not re.fullmatch(r"[\w][\w.-]*", cfg.name):
         yield Problem(("name",), f"name = {cfg.name!r}: becomes a folder; use letters, digits, '_', '-', '.' only.")
     for path in field_docs():
@@ -91,6 +94,36 @@ def _tasks(cfg: ExperimentConfig) -> Iterator[Problem]:
     if cfg.model.action_dim != metaworld_tasks.ACTION_DIM and cfg.policy is None:
         allowed = f"Meta-World has {metaworld_tasks.ACTION_DIM} action dimensions; set {metaworld_tasks.ACTION_DIM}"
         yield Problem(("model.action_dim", "env.suite"), f"model.action_dim = {cfg.model.action_dim}: {allowed}.")
+
+
+def _is_importable(module: str) -> bool:
+    """Whether a module can be found, without running it (its parent packages are imported)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _states(cfg: ExperimentConfig) -> Iterator[Problem]:
+    """Numbers of episodes against the initial states of Meta-World's task sets: 50 in each."""
+    if cfg.env.suite != "metaworld":
+        return
+    available = metaworld_tasks.NUM_INIT_STATES
+    if cfg.evaluation.states_per_task > available:
+        path = "evaluation.states_per_task"
+        advice = (
+            f"Meta-World has {available} held-out initial states a task, each counted once; set at most {available}"
+        )
+        yield Problem((path, "env.suite"), f"{path} = {cfg.evaluation.states_per_task}: {advice}.")
+    sets = cfg.env.options.get("num_train_sets", 1)
+    wanted = cfg.demos.episodes_per_task
+    if isinstance(sets, int) and cfg.demos.path is None and cfg.demos.action_noise == 0 and wanted > available * sets:
+        path = "demos.episodes_per_task"
+        advice = (
+            f"{available * sets} training initial states give as many different demonstrations without noise; set at "
+            "most that, raise env.options.num_train_sets, or set demos.action_noise > 0"
+        )
+        yield Problem((path, "env.suite", "env.options", "demos.action_noise"), f"{path} = {wanted}: {advice}.")
 
 
 def _model(cfg: ExperimentConfig) -> Iterator[Problem]:
@@ -244,7 +277,12 @@ def _paths(cfg: ExperimentConfig, *, in_ray_job: bool) -> Iterator[Problem]:
             yield Problem((path,), f"{path} = {folder!r}: no such folder; mend it, or leave it out to make a new one.")
     if cfg.policy is not None and Path(cfg.policy).is_dir() and not (Path(cfg.policy) / "config.json").is_file():
         yield Problem(("policy",), f"policy = {cfg.policy!r}: has no config.json, so it is no policy folder; name one.")
+    demos = cfg.demos.path
+    if demos is not None and Path(demos).is_dir() and not any(Path(demos).glob("*.parquet")):
+        yield Problem(("demos.path",), f"demos.path = {demos!r}: holds no demonstrations (*.parquet); name another.")
     run_dir = cfg.run_dir or ""
+    if run_dir and Path(run_dir).exists() and not Path(run_dir).is_dir():
+        yield Problem(("run_dir",), f"run_dir = {run_dir!r}: is a file; name a folder (--run-dir).")
     if "://" in run_dir:
         advice = "is a URI, but a run is written to folders only; mount the storage, and give the path (--run-dir)"
         yield Problem(("run_dir",), f"run_dir = {run_dir!r}: {advice}.")

@@ -75,6 +75,9 @@ CAMERAS = ("behindGripper", "corner", "corner2", "corner3", "corner4", "gripperP
 ACTION_DIM = 4
 """End-effector motion xyz and gripper."""
 
+NUM_INIT_STATES = 50
+"""Goals of a task in one task set."""
+
 MAX_ENV_STEPS = 500
 """The simulator refuses to step further."""
 

@@ -84,6 +84,27 @@ BROKEN = {
     "infinite": (["--sft.learning_rate", ".inf"], "sft.learning_rate = inf: must be finite"),
     "not a number": (["--sft.learning_rate", ".nan"], "sft.learning_rate = nan: must be a number > 0"),
     "lag": (["--rollout.max_policy_lag", "1"], "rollout.max_policy_lag = 1: must be an integer >= 0 and <= 0"),
+    "seed too large": (["--seed", str(2**70)], "must be an integer >= 0 and < 4611686018427387904"),
+    "decay of one": (["--learner.adam_betas", "[1, 0.9]"], "learner.adam_betas[0] = 1"),
+    "empty value": (["--run_dir", ""], "run_dir = '': is empty (an unset variable?)"),
+    "states that do not exist": (
+        ["--evaluation.states_per_task", "51"],
+        "evaluation.states_per_task = 51: Meta-World has 50 held-out initial states a task",
+    ),
+    "more demonstrations than states": (
+        ["--demos.episodes_per_task", "51"],
+        "demos.episodes_per_task = 51: 50 training initial states give as many",
+    ),
+    "plug-in that is not installed": (
+        ["--algorithm.name", "nowhere.to_be:Found"],
+        "algorithm.name = 'nowhere.to_be:Found': its module is not on the Python path",
+    ),
+    "control with a discount": (
+        ["--rollout.shuffle_rewards", "true"],
+        "algorithm.gamma = 0.99: rollout.shuffle_rewards needs 1",
+    ),
+    "run folder that is a file": (["--run_dir", "pyproject.toml"], "run_dir = 'pyproject.toml': is a file"),
+    "demonstrations that are none": (["--demos.path", "jobs"], "demos.path = 'jobs': holds no demonstrations"),
     # names
     "F63 unknown key": (["--porcentage", "0.5"], "porcentage = 0.5: there is no such field"),
     "misspelt field": (
@@ -201,7 +222,7 @@ def test_a_broken_config_is_refused_by_one_precise_message(case):
 
 
 def test_suites_of_your_own_have_tasks_of_their_own():
-    args = ["--env.suite", "my_package.my_env:MySuite", "--env.tasks", "[stack]", "--env.camera", "top"]
+    args = ["--env.suite", "vlarl_ray.envs.toy:ToySuite", "--env.tasks", "[stack]", "--env.camera", "top"]
     cfg = load_config(None, [*args, "--env.max_env_steps", "900", "--model.action_dim", "7"])
     assert cfg.env.tasks == ("stack",)
 
