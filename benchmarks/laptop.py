@@ -104,7 +104,9 @@ def read_run(folder: Path, *, final: bool) -> dict[str, Any] | None:
         "rl_seconds", "total_seconds", "env_steps", "env_steps_per_s", "peak_rss_bytes", "model_bytes",
         "published_bytes_per_update", "expert_steps_to_success", "expert_steps_to_success_per_task",
     )  # fmt: skip
-    return {**result, **{name: summary[name] for name in names}}
+    config = json.loads((folder / "config.json").read_text())
+    extra = {"evaluated_every_updates_besides": config["evaluation"]["every_updates"]}
+    return {**result, **{name: summary[name] for name in names}, **extra}
 
 
 def condensed(row: dict[str, Any]) -> dict[str, Any]:

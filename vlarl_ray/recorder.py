@@ -65,7 +65,6 @@ class RunRecorder:
         sinks: Further metric sinks.
         memory: Running memory sampler.
         resume: Continue from the newest valid checkpoint, if there is one.
-        counters: The ledger's counters, reported with every update.
         seconds_before: Wall time spent before the recorder existed (the warm start).
     """
 
@@ -166,8 +165,6 @@ class RunRecorder:
         extra = {
             "time/update_s": update_s,
             "time/gpu_s": update_s * self._num_gpus,
-            "rollout/num_groups": float(len(groups)),
-            "rollout/accept_rate": 1.0,
             "memory/peak_bytes": float(self._memory.peak_bytes),
             "publish/model_bytes": float(self.summary.model_bytes or 0),
             "rollout/duplicates_dropped": float(

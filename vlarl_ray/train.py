@@ -85,7 +85,8 @@ def train(cfg: ExperimentConfig, system: System) -> int:
         iteration, version = iteration + 1, version + 1
         with timer("publish"):
             published = system.weights.publish(version)
-        recorder.log_update(iteration, version, groups, {**ratios, **losses, **published})
+        used = {"rollout/num_groups": float(len(learned)), "rollout/accept_rate": len(learned) / len(groups)}
+        recorder.log_update(iteration, version, groups, {**used, **ratios, **losses, **published})
         del groups, learned, scores, batch  # frees their frames before the next rollout fills the object store
         if version % cfg.checkpoint.every_updates == 0:
             with timer("checkpoint"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -66,6 +66,3 @@ class Suite(Protocol):
     def make_env(self) -> SimEnv:
         """Build one simulator; simulators of one `Suite` object may share renderers, so use them from one thread."""
         ...
-
-
-EnvFactory = Callable[[], SimEnv]
