@@ -101,7 +101,10 @@ class EnvWorkerActor:
 
 
 class InferenceServerActor:
-    """An inference server: concurrent calls are batched on one engine."""
+    """An inference server: concurrent calls are batched on one engine.
+
+    Its methods block on threads of Ray's pool: an asyncio actor costs 0.4 ms more CPU time a call.
+    """
 
     def __init__(self, cfg: ExperimentConfig, policy_dir: str) -> None:
         import torch
@@ -121,19 +124,19 @@ class InferenceServerActor:
             engine, batch_size=cfg.inference.batch_size, batch_window_ms=cfg.inference.batch_window_ms
         )
 
-    async def act(self, request: ActRequest) -> ActReply:
+    def act(self, request: ActRequest) -> ActReply:
         """Answer one worker's half."""
-        return await asyncio.wrap_future(self._server.act(request))
+        return self._server.act(request).result()
 
-    async def load(self, update: WeightUpdate) -> Any:
+    def load(self, update: WeightUpdate) -> Any:
         """Merge new weights; returns a `LoadReport`."""
-        return await asyncio.wrap_future(self._server.load(update))
+        return self._server.load(update).result()
 
-    async def logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
+    def logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
         """Score the probe batch."""
-        return await asyncio.wrap_future(self._server.logprobs(request, tokens))
+        return self._server.logprobs(request, tokens).result()
 
-    async def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Process id and GPUs of this server."""
         return {"pid": os.getpid(), "gpu_ids": ray.get_gpu_ids()}
 

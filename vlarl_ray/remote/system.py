@@ -56,6 +56,8 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
         _actor(
             InferenceServerActor,
             max_restarts=0,
+            # every half of every worker may wait for an answer at once; a few more for weights, probe and description
+            max_concurrency=2 * -(-cfg.rollout.num_workers // cfg.inference.num_servers) + 4,
             num_cpus=cluster.cpus_per_server,
             num_gpus=cluster.gpus_per_server,
             scheduling_strategy=_bundle(places.inference, index),
