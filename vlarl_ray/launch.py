@@ -63,6 +63,8 @@ def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
 
     cfg = with_policys_model(cfg)
     suite = make_suite(cfg.env)
+    if inline or cfg.policy is None:
+        check_simulator(suite)
     start = time.perf_counter()
     with ExitStack() as stack:
         if not inline:
@@ -96,15 +98,19 @@ def run_collect(cfg: ExperimentConfig) -> int:
     """Collect demonstrations into the run folder."""
     from vlarl_ray.warm_start import demonstrations
 
-    demos = demonstrations(cfg, make_suite(cfg.env), prepare_run_dir(cfg))
+    suite = make_suite(cfg.env)
+    check_simulator(suite)
+    demos = demonstrations(cfg, suite, prepare_run_dir(cfg))
     _LOG.info("%d demonstrations, %d env steps", len(demos), sum(len(demo.actions) for demo in demos))
     return 0
 
 
 def run_sft(cfg: ExperimentConfig) -> int:
     """Collect demonstrations and fine-tune a policy on them, into the run folder."""
+    suite = make_suite(cfg.env)
+    check_simulator(suite)
     run_dir = prepare_run_dir(cfg)
-    policy_dir, _ = warm_start(cfg, make_suite(cfg.env), run_dir)
+    policy_dir, _ = warm_start(cfg, suite, run_dir)
     _LOG.info("policy: %s", policy_dir)
     return 0
 
@@ -131,6 +137,15 @@ def run_evaluate(cfg: ExperimentConfig, policy: str) -> int:
         policy, result.success_rate, result.ci_low, result.ci_high, result.episodes, result.split, path,
     )  # fmt: skip
     return 0
+
+
+def check_simulator(suite: Suite) -> None:
+    """Build one simulator and close it, so that a machine which cannot simulate is noticed before anything is written.
+
+    Raises:
+        ValueError: From the suite, saying what is missing (for example `GLUnavailableError`).
+    """
+    suite.make_env().close()
 
 
 def prepare_run_dir(cfg: ExperimentConfig, *, is_training: bool = False) -> Path:

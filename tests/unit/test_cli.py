@@ -1,6 +1,7 @@
 """The command line: fast to start, precise when refused, with exit codes that a script can rely on."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -119,3 +120,21 @@ def test_a_pager_that_closes_early_is_no_error():
     assert done.returncode == 0
     assert done.stderr == ""
     assert done.stdout.startswith("usage: vlarl train")
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "collect"])
+def test_a_machine_that_cannot_draw_is_told_before_anything_is_written(command, tmp_path):
+    folder = tmp_path / "run"
+    code = f"""
+import sys
+from vlarl_ray.envs import gl
+gl.describe_gl = lambda backend, **_: (_ for _ in ()).throw(gl.GLUnavailableError(backend + " is not here"))
+from vlarl_ray.cli import main
+sys.exit(main([{command!r}, "--run-dir", {str(folder)!r}]))
+"""
+    env = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "env.gl_backend" in done.stderr
+    assert "apt-get install" in done.stderr
+    assert not folder.exists()
