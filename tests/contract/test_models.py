@@ -7,11 +7,21 @@ import torch
 
 from tests.small_openvla import INSTRUCTIONS, TINY, noise, observations, tiny
 from vlarl_ray.config import LoraConfig
-from vlarl_ray.models import VLAModel, action_logprobs, load_model
+from vlarl_ray.models import VLAModel, action_logprobs, load_model, new_policy
 from vlarl_ray.models.lora import attach_lora
 from vlarl_ray.registry import MODELS, resolve
 
-BUILDERS = {"openvla": tiny}
+
+def pixel_mlp(seed=0, **changes):
+    """The toy suites' model, with logits and values that differ from zero."""
+    model = new_policy(dataclasses.replace(TINY, architecture="pixel_mlp", **changes), INSTRUCTIONS, seed)
+    with torch.no_grad():
+        model.action_head.weight.mul_(40)
+        model.value_head[-1].weight.normal_(generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+BUILDERS = {"openvla": tiny, "pixel_mlp": pixel_mlp}
 
 
 @pytest.fixture(params=sorted(MODELS))
@@ -101,4 +111,4 @@ def test_saved_model_is_the_same_model(build, tmp_path):
     model.save(tmp_path)
     inputs = observations(model)
     assert torch.equal(load_model(tmp_path)(inputs).logits, model(inputs).logits)
-    assert model.model_config == TINY
+    assert load_model(tmp_path).model_config == model.model_config

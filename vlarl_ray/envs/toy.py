@@ -20,7 +20,8 @@ from vlarl_ray.types import Observation, Split, StepResult, TaskSpec
 
 STEP = 0.1
 RADIUS = 0.08
-NUM_INIT_STATES = 50
+NUM_INIT_STATES: Mapping[Split, int] = {"train": 2000, "eval": 50}
+"""Many to train on: a policy that sees a few dozen goals learns those, and not to look."""
 
 _MOTIONS: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "reach-a": ((1, 0), (0, 1)),
@@ -74,8 +75,8 @@ class ToySuite:
         self.image_size = image_size
         self._arguments: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__", "task")}
         self._states: dict[Split, Float64[np.ndarray, "N 4"]] = {
-            "train": _initial_states(train_seed),
-            "eval": _initial_states(eval_seed),
+            "train": _initial_states(train_seed, NUM_INIT_STATES["train"]),
+            "eval": _initial_states(eval_seed, NUM_INIT_STATES["eval"]),
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -95,7 +96,7 @@ class ToySuite:
         return _INSTRUCTIONS[task_id]
 
     def num_init_states(self, task_id: str, split: Split) -> int:
-        """50 per task and split."""
+        """See `NUM_INIT_STATES`."""
         del task_id
         return len(self._states[split])
 
@@ -198,11 +199,11 @@ def optimal_num_steps(init_state: Float64[np.ndarray, " 4"]) -> int:
     return num_steps
 
 
-def _initial_states(seed: int) -> Float64[np.ndarray, "N 4"]:
+def _initial_states(seed: int, count: int) -> Float64[np.ndarray, "N 4"]:
     """Discs and crosses at least 0.3 apart and away from the walls."""
     rng = np.random.default_rng(seed)
     states: list[np.ndarray] = []
-    while len(states) < NUM_INIT_STATES:
+    while len(states) < count:
         state = rng.uniform(0.1, 0.9, size=4)
         if math.hypot(state[2] - state[0], state[3] - state[1]) >= 0.3:
             states.append(state)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,12 +11,12 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor, nn
 
 from vlarl_ray.config import ModelConfig
-from vlarl_ray.models.action_tokens import ActionNormalizer, ActionTokenizer, action_logprobs, choose_columns
-from vlarl_ray.models.base import PolicyInputs, PolicyOutput, VLAModel
+from vlarl_ray.models.action_tokens import action_logprobs, choose_columns
+from vlarl_ray.models.base import PolicyInputs, PolicyOutput
 from vlarl_ray.models.heads import ValueHead
 from vlarl_ray.models.llama import LanguageModel, LlamaDims
-from vlarl_ray.models.lora import CRITIC, adapters_disabled, use_adapter
-from vlarl_ray.models.tokenizer import PromptTokenizer
+from vlarl_ray.models.lora import CRITIC, use_adapter
+from vlarl_ray.models.token_policy import TokenPolicyModel
 from vlarl_ray.models.vit import VisionTransformer
 
 # ImageNet statistics rounded to bfloat16, as the released preprocessor configs have them.
@@ -58,7 +56,7 @@ class Projector(nn.Module):
         return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features)))))
 
 
-class OpenVLA(VLAModel):
+class OpenVLA(TokenPolicyModel):
     """OpenVLA with a value head.
 
     A row's sequence is BOS, patches, the rest of its prompt, its action positions, then padding. Padding comes last, so
@@ -66,31 +64,9 @@ class OpenVLA(VLAModel):
     action token i are read at the last prompt token (h0) for i = 0, at action position i-1 after; the value at h0.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        tokenizer: PromptTokenizer | None = None,
-        *,
-        normalizer: ActionNormalizer | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Build the model with arbitrary weights (see `new_policy` and `load_policy`).
-
-        Args:
-            config: Dimensions.
-            tokenizer: For `encode_prompts`; None where prompts come as ids.
-            normalizer: Between env units and [-1, 1]; None passes actions through.
-            metadata: JSON facts to keep with the weights, like camera and render profile of the training data.
-        """
-        super().__init__()
-        self.model_config = config
-        self.tokenizer = tokenizer
-        self.normalizer = normalizer or ActionNormalizer.identity(config.action_dim)
-        self.metadata = dict(metadata or {})
-        self.chunk_length, self.action_dim = config.chunk_length, config.action_dim
-        self.num_action_tokens = config.chunk_length * config.action_dim
-        self.action_tokenizer = ActionTokenizer(config.text_vocab_size + config.num_action_bins, config.num_action_bins)
-        self.first_action_token = self.action_tokenizer.first_token
+    def __init__(self, config: ModelConfig, *args: Any, **kwargs: Any) -> None:
+        """As `TokenPolicyModel`."""
+        super().__init__(config, *args, **kwargs)
         self.num_patches = (config.image_size // config.patch_size) ** 2
 
         self.vision_backbone = VisionBackbone(config)
@@ -109,13 +85,10 @@ class OpenVLA(VLAModel):
             self.action_queries = nn.Parameter(torch.zeros(self.num_action_tokens - 1, config.hidden_size))
         self.value_head = ValueHead(config.hidden_size, config.value_hidden_sizes)
 
-    def encode_prompts(self, instructions: Sequence[str]) -> tuple[Int64[Tensor, "B N"], Int64[Tensor, " B"]]:
-        """Turn instructions into padded prompt ids and their lengths."""
-        if self.tokenizer is None:
-            raise ValueError(
-                "this model has no tokenizer, so it cannot encode instructions; pass prompt ids, or a tokenizer."
-            )
-        return self.tokenizer.encode_batch(instructions, max_tokens=self.model_config.max_prompt_tokens)
+    @property
+    def action_head(self) -> nn.Linear:
+        """The language model's output layer."""
+        return self.language_model.lm_head
 
     def forward(self, inputs: PolicyInputs, tokens: Int64[Tensor, "B L"] | None = None) -> PolicyOutput:
         """Score: logits of every action position given `tokens` before it, and the value.
@@ -147,29 +120,10 @@ class OpenVLA(VLAModel):
                 logits, columns = self._decode(inputs, temperature, gumbel)
             return columns + self.first_action_token, action_logprobs(logits, columns, temperature=temperature)
 
-    def decode_actions(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B K D"]:
-        """Turn action tokens into env actions (fp32, env units)."""
-        actions = self.action_tokenizer.decode(tokens).view(-1, self.chunk_length, self.action_dim)
-        return self.normalizer.unnormalize(actions)
-
-    def encode_actions(self, actions: Float[Tensor, "B K D"]) -> Int64[Tensor, "B L"]:
-        """Turn env actions into action tokens."""
-        return self.action_tokenizer.encode(self.normalizer.normalize(actions)).flatten(1)
-
     def fsdp_units(self) -> Iterator[nn.Module]:
         """Yield the decoder layers, then the value head (alone, as it stays in fp32)."""
         yield from self.language_model.model.layers
         yield self.value_head
-
-    def adapters_disabled(self) -> AbstractContextManager[None]:
-        """Context in which the model is the one before LoRA (the reference policy)."""
-        return adapters_disabled(self)
-
-    def save(self, folder: Path) -> None:
-        """Write a policy folder: `config.json`, `model.safetensors`, `tokenizer.json`. LoRA must not be attached."""
-        from vlarl_ray.models.policy import save_policy  # policy.py builds models, so it imports this module
-
-        save_policy(self, folder)
 
     @property
     def unused_modules(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from vlarl_ray.config import ModelConfig
 from vlarl_ray.models.action_tokens import ActionNormalizer, action_logprobs, gumbel_noise
 from vlarl_ray.models.base import PolicyInputs
 from vlarl_ray.models.lora import lora_layers
-from vlarl_ray.models.openvla import OpenVLA
+from vlarl_ray.models.token_policy import TokenPolicyModel
 from vlarl_ray.models.tokenizer import PromptTokenizer
 from vlarl_ray.models.vit import LayerScale
 from vlarl_ray.registry import MODELS, resolve
@@ -37,7 +37,7 @@ _MAX_ROWS = 64
 class Policy:
     """A model in use: turns observations into action chunks, in one process, for notebooks and checks."""
 
-    def __init__(self, model: OpenVLA) -> None:
+    def __init__(self, model: TokenPolicyModel) -> None:
         self.model = model.eval()
 
     @property
@@ -109,7 +109,7 @@ def new_policy(
     *,
     normalizer: ActionNormalizer | None = None,
     metadata: Mapping[str, Any] | None = None,
-) -> OpenVLA:
+) -> TokenPolicyModel:
     """Make an untrained model; the same arguments give the same weights, bit for bit.
 
     Args:
@@ -131,7 +131,7 @@ def new_policy(
     return model
 
 
-def save_policy(model: OpenVLA, folder: Path) -> None:
+def save_policy(model: TokenPolicyModel, folder: Path) -> None:
     """Write `config.json`, `model.safetensors` (official names) and `tokenizer.json`.
 
     Raises:
@@ -174,7 +174,7 @@ def load_policy(
 
 def load_model(
     folder_or_uri: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "cpu"
-) -> OpenVLA:
+) -> TokenPolicyModel:
     """Load the bare model of a policy folder, to train or serve it; arguments and errors as in `load_policy`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
@@ -199,7 +199,7 @@ def load_model(
     return model
 
 
-def _model_class(config: ModelConfig) -> type[OpenVLA]:
+def _model_class(config: ModelConfig) -> type[TokenPolicyModel]:
     return resolve(MODELS, config.architecture, what="model.architecture")
 
 
@@ -267,7 +267,7 @@ def _local(folder_or_uri: str | Path) -> Iterator[Path]:
         yield Path(copy)
 
 
-def _init_weights(model: OpenVLA, seed: int) -> None:
+def _init_weights(model: TokenPolicyModel, seed: int) -> None:
     """Draw weights on the CPU in the order of module names."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -287,5 +287,5 @@ def _init_weights(model: OpenVLA, seed: int) -> None:
             else:
                 for parameter in module.parameters(recurse=False):
                     normal(parameter, 0.02)
-        normal(model.language_model.lm_head.weight, 0.02)  # near-uniform actions at first
+        normal(model.action_head.weight, 0.02)  # near-uniform actions at first
         nn.init.zeros_(cast(nn.Linear, model.value_head[-1]).weight)  # value 0 at first
