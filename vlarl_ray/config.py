@@ -155,6 +155,44 @@ class SFTConfig:
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
+class SelfBCConfig:
+    """Self behaviour cloning: a buffer of the policy's own best episodes, and how much cloning them weighs."""
+
+    capacity: Positive = 50
+    """Episodes kept per task."""
+    min_fill: NonNegative = 10
+    """Below this many episodes of a task, every success is admitted."""
+    statistic: Literal["mean", "median", "max", "best", "quantile"] = "mean"
+    """A success is admitted if it is no longer than this of the stored lengths."""
+    best_factor: Annotated[float, Field(ge=1)] = 1.0
+    """For `statistic: best`: times the shortest length."""
+    quantile: UnitInterval = 0.5
+    """For `statistic: quantile`."""
+    seed_demos: NonNegative = 10
+    """Demonstrations of the warm start that each task's buffer starts with."""
+    pin_demos: bool = False
+    """Never evict those."""
+    schedule: Literal[
+        "tanh_ramp", "linear_decay", "success_adaptive", "kl_target", "grad_ratio", "entropy_adaptive", "constant"
+    ] = "tanh_ramp"
+    """How the weights of policy gradient and cloning change, see `algorithms.weight_schedules`."""
+    ramp_updates: Positive = 10
+    """`tanh_ramp`: the policy gradient weighs tanh(update / this). `linear_decay`: cloning ends after this many."""
+    policy_weight: NonNegativeFloat = 1.0
+    """Weight of the policy gradient, where the schedule does not set it."""
+    bc_weight: NonNegativeFloat = 1.0
+    """Weight of cloning, or what the schedule scales."""
+    min_bc_weight: NonNegativeFloat = 0.0
+    """No schedule lowers the weight of cloning below this."""
+    max_bc_weight: PositiveFloat = 10.0
+    """No schedule raises the weight of cloning above this."""
+    success_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """`success_adaptive`: weight of an update's success in the running estimate."""
+    kl_target: PositiveFloat = 0.01
+    """`kl_target`: KL of an update above twice this raises the weight of cloning, below half of it lowers it."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
 class AlgorithmConfig:
     """Policy gradient; the names are those of the field."""
 
@@ -196,12 +234,16 @@ class AlgorithmConfig:
     """Passes over the batch."""
     num_minibatches: Positive = 4
     """Optimiser steps per pass."""
-    normalize_advantages: bool = True
-    """Standardise advantages over the whole batch."""
+    normalize_advantages: bool | None = None
+    """Standardise advantages over the whole batch; None: where values give them (ppo), not where a group does."""
+    baseline_scope: Literal["context", "batch"] = "context"
+    """Which returns rloo and grpo compare: those from one initial state, or those of the whole batch."""
     loss_normalization: Literal["token_mean", "trajectory_mean", "fixed_horizon"] = "token_mean"
     """Denominator of the policy loss."""
     critic_warmup_updates: NonNegative = 1
     """Updates at the start that train the value head only."""
+    self_bc: SelfBCConfig = field(default_factory=SelfBCConfig)
+    """For chunk_ppo."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -228,6 +270,30 @@ class RolloutConfig:
     """Negative control: permute episode outcomes within each iteration, so that there is nothing to learn."""
     max_inflight_bytes: Positive = 512 * 1024 * 1024
     """Bound on frames waiting in the object store; checked against it before start."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class SamplingConfig:
+    """Which tasks and initial states an iteration draws, and which groups it learns from."""
+
+    curriculum: Literal["uniform", "hardest", "frontier"] = "uniform"
+    """Tasks in equal shares, or by success so far: exp((0.5-s)/temperature), or exp(-|0.5-s|/temperature)."""
+    curriculum_temperature: PositiveFloat = 1.0
+    """The smaller, the more pointed the curriculum."""
+    curriculum_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Weight of one group's success in its task's running estimate, which starts at 0.5."""
+    dynamic: bool = False
+    """Reject groups whose episodes all end alike (they hold no gradient) and draw others in their place."""
+    min_success: UnitInterval = 0.0
+    """Reject groups with a mean success below this, too."""
+    max_success: UnitInterval = 1.0
+    """Reject groups with a mean success above this, too."""
+    early_stop_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """End an iteration once this fraction of `rollout.groups_per_update` is accepted."""
+    max_attempts_factor: Annotated[float, Field(ge=1)] = 3.0
+    """End an iteration after this many times `rollout.groups_per_update` attempted groups, accepted or not."""
+    skip_solved: bool = False
+    """Skip an initial state whose last group was solved throughout; it is tried again after four skips."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -268,6 +334,8 @@ class LearnerConfig:
     """AdamW learning rate of the policy."""
     critic_learning_rate: PositiveFloat = 1e-3
     """AdamW learning rate of the value head."""
+    final_learning_rate_fraction: UnitInterval = 1.0
+    """Both learning rates fall linearly to this fraction at `num_iterations`; 1 keeps them."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW weight decay."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -392,6 +460,7 @@ class ExperimentConfig:
     sft: SFTConfig = field(default_factory=SFTConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     trust: TrustConfig = field(default_factory=TrustConfig)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlarl_ray import metaworld_tasks, registry
-from vlarl_ray.config import ExperimentConfig
+from vlarl_ray.config import ExperimentConfig, SamplingConfig
 from vlarl_ray.config_fields import field_docs
 
 
@@ -32,7 +32,20 @@ def check_config(cfg: ExperimentConfig, environ: Mapping[str, str] = os.environ)
         cfg: Fields that are valid one by one.
         environ: Environment variables, which tell whether this is a submitted Ray job.
     """
-    checks = (_names, _tasks, _states, _model, _learning, _rollout, _control, _memory, _devices, _trust)
+    checks = (
+        _names,
+        _tasks,
+        _states,
+        _model,
+        _learning,
+        _rollout,
+        _sampling,
+        _self_bc,
+        _control,
+        _memory,
+        _devices,
+        _trust,
+    )
     return [
         *(p for check in checks for p in check(cfg)),
         *_paths(cfg, in_ray_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in environ),
@@ -192,10 +205,49 @@ def _rollout(cfg: ExperimentConfig) -> Iterator[Problem]:
             ("rollout.envs_per_worker",),
             f"rollout.envs_per_worker = {rollout.envs_per_worker}: {advice}; set {rollout.envs_per_worker + 1}.",
         )
-    if name == "ppo" and rollout.group_size != 1:
-        advice = "ppo has a critic and compares nothing within a group; set 1, and raise rollout.groups_per_update"
-        fields = ("rollout.group_size", "algorithm.name")
-        yield Problem(fields, f"rollout.group_size = {rollout.group_size}: {advice}.")
+    fields = ("rollout.group_size", "algorithm.name", "algorithm.baseline_scope")
+    if name in ("ppo", "chunk_ppo") and rollout.group_size != 1:
+        advice = f"{name} has a critic and compares nothing within a group; set 1, and raise rollout.groups_per_update"
+        yield Problem(fields[:2], f"rollout.group_size = {rollout.group_size}: {advice}.")
+    if name in ("rloo", "grpo"):
+        if cfg.algorithm.baseline_scope == "context" and rollout.group_size < 2:
+            advice = f"{name} compares the episodes of a group; set at least 2 (8 is usual)"
+            yield Problem(fields, f"rollout.group_size = {rollout.group_size}: {advice}.")
+        elif rollout.group_size * rollout.groups_per_update < 2:
+            advice = f"{name} compares the episodes of an update, which has one; set more groups_per_update"
+            yield Problem(fields, f"rollout.groups_per_update = {rollout.groups_per_update}: {advice}.")
+
+
+def _sampling(cfg: ExperimentConfig) -> Iterator[Problem]:
+    sampling, rollout = cfg.sampling, cfg.rollout
+    if sampling.dynamic and rollout.group_size < 2:
+        message = "sampling.dynamic rejects groups whose episodes all end alike, and a group of one always does"
+        fields = ("sampling.dynamic", "rollout.group_size")
+        yield Problem(fields, f"rollout.group_size = {rollout.group_size}: {message}; set at least 2, or dynamic off.")
+    if sampling.min_success > sampling.max_success:
+        fields = ("sampling.min_success", "sampling.max_success")
+        message = f"is above sampling.max_success = {sampling.max_success}, so every group would be rejected; lower it"
+        yield Problem(fields, f"sampling.min_success = {sampling.min_success}: {message}.")
+    if sampling.dynamic:
+        return
+    defaults = SamplingConfig()
+    for field in ("min_success", "max_success", "early_stop_fraction", "max_attempts_factor"):
+        if getattr(sampling, field) != getattr(defaults, field):
+            path = f"sampling.{field}"
+            message = "has no effect without sampling.dynamic = true; set that, or leave this out"
+            yield Problem((path, "sampling.dynamic"), f"{path} = {getattr(sampling, field)}: {message}.")
+
+
+def _self_bc(cfg: ExperimentConfig) -> Iterator[Problem]:
+    self_bc = cfg.algorithm.self_bc
+    if self_bc.min_fill > self_bc.capacity:
+        fields = ("algorithm.self_bc.min_fill", "algorithm.self_bc.capacity")
+        message = f"is above algorithm.self_bc.capacity = {self_bc.capacity}; lower it"
+        yield Problem(fields, f"algorithm.self_bc.min_fill = {self_bc.min_fill}: {message}.")
+    if self_bc.min_bc_weight > self_bc.max_bc_weight:
+        fields = ("algorithm.self_bc.min_bc_weight", "algorithm.self_bc.max_bc_weight")
+        message = f"is above algorithm.self_bc.max_bc_weight = {self_bc.max_bc_weight}; lower it"
+        yield Problem(fields, f"algorithm.self_bc.min_bc_weight = {self_bc.min_bc_weight}: {message}.")
 
 
 def _control(cfg: ExperimentConfig) -> Iterator[Problem]:
@@ -211,6 +263,8 @@ def _memory(cfg: ExperimentConfig) -> Iterator[Problem]:
     rollout = cfg.rollout
     decisions = -(-cfg.env.max_env_steps // cfg.model.chunk_length)
     frames = rollout.groups_per_update * rollout.group_size * (decisions + 1)
+    if cfg.algorithm.name == "chunk_ppo":  # the buffer's frames stay in the object store
+        frames += len(cfg.env.tasks) * cfg.algorithm.self_bc.capacity * (decisions + 1)
     planned = frames * cfg.env.image_size**2 * 3
     sizes = ("env.image_size", "env.max_env_steps", "model.chunk_length")
     if planned > rollout.max_inflight_bytes:

@@ -86,6 +86,7 @@ def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
         )
         stack.callback(recorder.close)
         system = build_system(cfg, suite, where, recorder)
+        seed_buffer(cfg, system, run_dir)
         version = train(cfg, system)
         [update] = where.transport.fetch([system.learner.weight_update(version)[0]])
         save_trained_policy(policy_dir, update, run_dir / TRAINED_POLICY)
@@ -183,6 +184,20 @@ def warm_start(cfg: ExperimentConfig, suite: Suite, run_dir: Path) -> tuple[Path
         expert_steps_to_success=expert.steps_to_success,
         expert_steps_to_success_per_task=expert.steps_to_success_per_task,
     )
+
+
+def seed_buffer(cfg: ExperimentConfig, system: Any, run_dir: Path) -> None:
+    """Give the run's demonstrations to an algorithm that wants some; a restored checkpoint replaces them."""
+    seed_demonstrations = getattr(system.algorithm, "seed_demonstrations", None)
+    path = Path(cfg.demos.path) if cfg.demos.path is not None else run_dir / "demos"
+    if seed_demonstrations is None or cfg.algorithm.self_bc.seed_demos == 0:
+        return
+    if not path.is_dir():
+        _LOG.info("no demonstrations in %s: the self-cloning buffer starts empty", path)
+        return
+    from vlarl_ray.warm_start import stored_demonstrations
+
+    seed_demonstrations(stored_demonstrations(cfg, system.suite, path, system.transport.put))
 
 
 def with_policys_model(cfg: ExperimentConfig) -> ExperimentConfig:

@@ -14,6 +14,7 @@ import numpy as np
 from vlarl_ray.checkpoint import commit, load_latest
 from vlarl_ray.config import ExperimentConfig
 from vlarl_ray.envs.base import Suite
+from vlarl_ray.episode_store import EpisodeStore
 from vlarl_ray.evaluate import Evaluation
 from vlarl_ray.metrics.episodes import EpisodeTable
 from vlarl_ray.metrics.logger import MetricsLogger
@@ -39,6 +40,20 @@ class Checkpointed(Protocol):
     def load_state_dict(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> None:
         """Restore `state_dict`."""
         ...
+
+
+@runtime_checkable
+class RunState(Protocol):
+    """The parts of a run whose state is checkpointed: `train.System`, to the recorder."""
+
+    learner: Any
+    """A `Checkpointed`."""
+    algorithm: Any
+    """An `Algorithm`."""
+    sampler: Any
+    """With `state_dict()` and `load_state_dict(state)`, JSON types."""
+    transport: Any
+    """A `Transport`."""
 
 
 @dataclass
@@ -87,6 +102,7 @@ class RunRecorder:
         self._suite = suite
         self._memory = memory
         self._films_before: dict[tuple[str, int], EpisodeFilm] = {}
+        self._episode_store = EpisodeStore(self._run_dir / "stored_episodes")
         self._checkpoint = load_latest(str(run_dir)) if resume else None
         state = self._checkpoint.state if self._checkpoint else {}
         self.totals = Totals(**state.get("totals", {"other_seconds": seconds_before}))
@@ -116,7 +132,7 @@ class RunRecorder:
         limit = self._cfg.max_rl_seconds
         return limit is not None and self.totals.rl_seconds >= limit
 
-    def restore(self, learner: Checkpointed, algorithm: Any) -> tuple[int, int]:
+    def restore(self, system: RunState) -> tuple[int, int]:
         """Load the checkpoint, if the run continues from one.
 
         Returns:
@@ -125,21 +141,25 @@ class RunRecorder:
         if self._checkpoint is None:
             return 0, 0
         state = self._checkpoint.state
-        learner.load_state_dict(self._checkpoint.arrays, state["learner"])
-        algorithm.load_state_dict(state["algorithm"])
+        system.learner.load_state_dict(self._checkpoint.arrays, state["learner"])
+        episodes = self._episode_store.read(state["stored_episodes"], system.transport.put)
+        system.algorithm.load_state_dict(state["algorithm"], episodes)
+        system.sampler.load_state_dict(state["sampler"])
         self._films_before = load_films(self._run_dir / "videos" / "warm_start.npz")
         _LOG.info("resumed at iteration %d, version %d", state["iteration"], state["version"])
         self._checkpoint = None
         return state["iteration"], state["version"]
 
-    def save(self, iteration: int, version: int, learner: Checkpointed, algorithm: Any) -> None:
+    def save(self, iteration: int, version: int, system: RunState) -> None:
         """Commit everything a resumed run needs."""
-        arrays, learner_state = learner.state_dict()
+        arrays, learner_state = system.learner.state_dict()
         state = {
             "iteration": iteration,
             "version": version,
             "learner": learner_state,
-            "algorithm": algorithm.state_dict(),
+            "algorithm": system.algorithm.state_dict(),
+            "stored_episodes": self._episode_store.write(system.algorithm.stored_episodes, system.transport.fetch),
+            "sampler": system.sampler.state_dict(),
             "totals": vars(self.totals),
             "offsets": self._logger.offsets(),
             "num_episodes": self._episodes.num_rows,
@@ -151,7 +171,7 @@ class RunRecorder:
     def log_update(
         self, iteration: int, version: int, groups: Sequence[TrajectoryGroup], numbers: Mapping[str, float | None]
     ) -> None:
-        """Write the row of an iteration and its episodes; the wall time since the last call is counted as RL."""
+        """Write the row of an iteration and the episodes of all its groups; the wall time since the last is RL."""
         trajectories = [t for group in groups for t in group.trajectories]
         times = self.timer.flush()
         update_s = self._lap()
@@ -159,8 +179,9 @@ class RunRecorder:
         self.totals.rl_seconds += update_s
         self.totals.rollout_seconds += times["time/rollout_s"]
         self.totals.env_steps += sum(t.total_env_steps for t in trajectories)
-        self.totals.published_bytes += numbers["publish/bytes"] or 0.0
-        self.totals.updates += 1
+        if numbers.get("publish/bytes") is not None:  # absent where no group was accepted
+            self.totals.published_bytes += numbers["publish/bytes"] or 0.0
+            self.totals.updates += 1
         self._episodes.append(trajectories, self._init_hash)
         extra = {
             "time/update_s": update_s,

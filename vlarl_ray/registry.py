@@ -13,6 +13,9 @@ SUITES: Mapping[str, str] = {
 }
 ALGORITHMS: Mapping[str, str] = {
     "ppo": "vlarl_ray.algorithms.ppo:PPO",
+    "rloo": "vlarl_ray.algorithms.rloo:RLOO",
+    "grpo": "vlarl_ray.algorithms.grpo:GRPO",
+    "chunk_ppo": "vlarl_ray.algorithms.chunk_ppo:ChunkPPO",
 }
 MODELS: Mapping[str, str] = {
     "openvla": "vlarl_ray.models.openvla:OpenVLA",

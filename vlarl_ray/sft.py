@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from vlarl_ray.config import SFTConfig
+from vlarl_ray.demos.store import chunks
 from vlarl_ray.models.base import PolicyInputs, VLAModel
 
 _LOG_EVERY_STEPS = 100
@@ -94,14 +95,6 @@ class ChunkDataset:
         )
         inputs = PolicyInputs(torch.from_numpy(frames), ids[owner], lengths[owner], torch.from_numpy(proprio))
         return cls(inputs, torch.cat(tokens), torch.cat(masks))
-
-
-def chunks(
-    actions: Float32[np.ndarray, "T D"], chunk_length: int
-) -> tuple[Float32[np.ndarray, "T K D"], Bool[np.ndarray, "T K"]]:
-    """Cut the chunk that starts at every env step; past the end the last action is repeated and the mask is False."""
-    index = np.arange(len(actions))[:, None] + np.arange(chunk_length)
-    return actions[np.minimum(index, len(actions) - 1)], index < len(actions)
 
 
 def shift_frames(images: UInt8[Tensor, "B V H W 3"], offsets: Int64[Tensor, "B 2"]) -> UInt8[Tensor, "B V H W 3"]:

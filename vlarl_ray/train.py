@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from vlarl_ray.evaluate import evaluate
 from vlarl_ray.learner.group import LearnerGroup
 from vlarl_ray.recorder import RunRecorder
 from vlarl_ray.rewards.control import shuffle_rewards
+from vlarl_ray.rollout.groups import GroupRule, accept_rates
 from vlarl_ray.rollout.ledger import RolloutLedger
 from vlarl_ray.rollout.tasks import TaskSampler
 from vlarl_ray.transport import Transport
@@ -67,34 +68,47 @@ def train(cfg: ExperimentConfig, system: System) -> int:
     recorder = system.recorder
     assert recorder is not None
     timer = recorder.timer
-    iteration, version = recorder.restore(system.learner, system.algorithm)  # 0, 0 on a fresh run
+    iteration, version = recorder.restore(system)  # 0, 0 on a fresh run
     system.weights.publish(version)  # inference answers with these weights
+    rule = GroupRule.from_config(cfg)
     if version == 0:
         recorder.log_evaluation("warm_start", evaluate(cfg.evaluation, system, version=0), iteration=0)
     while iteration < cfg.num_iterations and not recorder.is_out_of_time:
         with timer("rollout"):
-            groups = system.ledger.take(system.sampler.training_tasks(iteration, version=version))
-        learned = shuffle_rewards(groups, seed=cfg.seed, iteration=iteration) if cfg.rollout.shuffle_rewards else groups
+            draws = (draw.tasks for draw in system.sampler.draws(iteration, version=version))
+            intake = system.ledger.take(draws, rule)
+        system.sampler.observe(intake.attempted)
+        iteration += 1
+        numbers = accept_rates(intake, system.suite.task_ids)
+        groups = intake.accepted
+        if not groups:  # nothing to learn from; counted, never hidden
+            recorder.log_update(iteration, version, intake.attempted, numbers)
+            continue
+        if cfg.rollout.shuffle_rewards:
+            groups = shuffle_rewards(groups, seed=cfg.seed, iteration=iteration - 1)
         with timer("score"):
-            scores = system.learner.score([t for group in learned for t in group.trajectories])
-        ratios = check_sampler_ratio(learned, scores, tolerance=cfg.trust.sampler_ratio_tolerance)
+            scores = system.learner.score([t for group in groups for t in group.trajectories])
+        ratios = check_sampler_ratio(groups, scores, tolerance=cfg.trust.sampler_ratio_tolerance)
         with timer("batch"):
-            batch = system.algorithm.make_batch(learned, scores, version=version)
+            batch = system.algorithm.make_batch(groups, scores, version=version)
+            batch = replace(batch, progress=(iteration - 1) / cfg.num_iterations)
         with timer("learn"):
             losses = system.learner.update(batch)
-        iteration, version = iteration + 1, version + 1
+        attempts = [t.success for group in intake.attempted for t in group.trajectories]
+        system.algorithm.observe_update(losses, success_rate=float(np.mean(attempts)))
+        numbers |= system.algorithm.metrics()
+        version += 1
         with timer("publish"):
             published = system.weights.publish(version)
-        used = {"rollout/num_groups": float(len(learned)), "rollout/accept_rate": len(learned) / len(groups)}
-        recorder.log_update(iteration, version, groups, {**used, **ratios, **losses, **published})
-        del groups, learned, scores, batch  # frees their frames before the next rollout fills the object store
+        recorder.log_update(iteration, version, intake.attempted, {**numbers, **ratios, **losses, **published})
+        del intake, groups, scores, batch  # frees their frames before the next rollout fills the object store
         if version % cfg.checkpoint.every_updates == 0:
             with timer("checkpoint"):
-                recorder.save(iteration, version, system.learner, system.algorithm)
+                recorder.save(iteration, version, system)
         if cfg.evaluation.every_updates and version % cfg.evaluation.every_updates == 0:
             recorder.log_evaluation("update", evaluate(cfg.evaluation, system, version=version), iteration=iteration)
     if version % cfg.checkpoint.every_updates:
-        recorder.save(iteration, version, system.learner, system.algorithm)
+        recorder.save(iteration, version, system)
     recorder.log_evaluation("final", evaluate(cfg.evaluation, system, version=version), iteration=iteration)
     return version
 

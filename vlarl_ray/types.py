@@ -216,6 +216,73 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class StoredEpisode:
+    """A successful episode of S decisions, ending at its first success."""
+
+    key: str
+    """Unique in the run; files are named after it."""
+    task_id: str
+    instruction: str
+    frames: FrameRef
+    """`u8[>=S, V, H, W, 3]`: what was seen at each decision."""
+    proprio: Float32[np.ndarray, "S P"]
+    actions: Float32[np.ndarray, "S K D"]
+    """Executed (clipped) actions, env units."""
+    num_env_steps: Int32[np.ndarray, " S"]
+    """Env steps of each chunk that lie before the end of the episode; the others are never cloned."""
+    length: int
+    """Env steps to success."""
+    pinned: bool = False
+    """Never evicted (a seeded demonstration, where the config says so)."""
+
+    @classmethod
+    def from_trajectory(cls, trajectory: Trajectory) -> StoredEpisode:
+        """Cut a successful trajectory at its first success, so that what followed does not count.
+
+        Raises:
+            ValueError: If it was not successful.
+        """
+        length = trajectory.first_success_env_step
+        if length is None:
+            raise ValueError("only successful episodes are stored.")
+        ends = np.cumsum(trajectory.num_env_steps)
+        num_decisions = int(np.searchsorted(ends, length)) + 1
+        steps = trajectory.num_env_steps[:num_decisions].copy()
+        steps[-1] -= ends[num_decisions - 1] - length
+        task = trajectory.task
+        return cls(
+            key="-".join(str(part) for part in (task.iteration, task.slot)),
+            task_id=task.task_id,
+            instruction=task.instruction,
+            frames=trajectory.frames,
+            proprio=trajectory.proprio[:num_decisions],
+            actions=trajectory.executed_actions[:num_decisions],
+            num_env_steps=steps,
+            length=length,
+        )
+
+
+@dataclass(frozen=True)
+class DemoRows:
+    """M decisions of stored episodes, to be cloned."""
+
+    frames: tuple[FrameRef, ...]
+    """One reference per episode."""
+    instructions: tuple[str, ...]
+    """One per episode."""
+    episode_index: Int32[np.ndarray, " M"]
+    decision_index: Int32[np.ndarray, " M"]
+    proprio: Float32[np.ndarray, "M P"]
+    actions: Float32[np.ndarray, "M K D"]
+    """Executed actions, env units; the learner turns them into tokens."""
+    action_mask: Bool[np.ndarray, "M K"]
+    """False for env steps behind the end of the episode."""
+
+    def __len__(self) -> int:
+        return len(self.episode_index)
+
+
+@dataclass(frozen=True)
 class TrainBatch:
     """One row per decision. Every learner rank holds all numbers and pulls only the frames of its rows."""
 
@@ -242,6 +309,14 @@ class TrainBatch:
     temperature: float
     policy_version: int
     """Version of the weights that are about to be updated."""
+    progress: float = 0.0
+    """Share of the run's iterations that lie behind, 0 to 1; learning rates may follow it."""
+    policy_weight: float = 1.0
+    """Weight of the policy terms of the loss."""
+    demos: DemoRows | None = None
+    """What to clone besides, in as many minibatches as the rest; None where nothing is cloned."""
+    bc_weight: float = 0.0
+    """Weight of the cloning loss."""
 
     def __len__(self) -> int:
         return len(self.trajectory_index)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlarl_ray.config import EnvConfig, ExperimentConfig, ModelConfig
 from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.demos.collect import collect_demonstrations
-from vlarl_ray.demos.store import Demonstration, load_demonstrations
+from vlarl_ray.demos.store import Demonstration, chunks, load_demonstrations
 from vlarl_ray.envs.base import Suite
+from vlarl_ray.types import FrameRef, StoredEpisode
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,6 +47,41 @@ def fine_tuned_policy(cfg: ExperimentConfig, suite: Suite, demos: list[Demonstra
     run_sft(model, demos, cfg.sft, chunk_length=cfg.model.chunk_length, seed=cfg.seed, log=_LOG.info)
     model.save(folder)
     return folder
+
+
+def stored_demonstrations(
+    cfg: ExperimentConfig, suite: Suite, path: Path, put: Callable[[Any], FrameRef]
+) -> list[StoredEpisode]:
+    """Turn the first demonstrations of each task into what the self-cloning buffer holds: a chunk at every env step.
+
+    Args:
+        cfg: Says how many, and whether they are ever evicted.
+        suite: Whose tasks they are of.
+        path: Folder of the store.
+        put: Stores frames and returns a reference to them.
+    """
+    taken: Counter[str] = Counter()
+    episodes = []
+    for demonstration in load_demonstrations(path, suite=suite.name, task_ids=suite.task_ids, env=cfg.env):
+        number = taken[demonstration.task_id]
+        if number >= cfg.algorithm.self_bc.seed_demos:
+            continue
+        taken[demonstration.task_id] += 1
+        actions, executed = chunks(demonstration.actions, cfg.model.chunk_length)
+        episodes.append(
+            StoredEpisode(
+                key=f"demo-{demonstration.task_id}-{number}",
+                task_id=demonstration.task_id,
+                instruction=demonstration.instruction,
+                frames=put(demonstration.frames[:-1]),
+                proprio=demonstration.proprio[:-1],
+                actions=actions,
+                num_env_steps=executed.sum(axis=1).astype(np.int32),
+                length=len(demonstration.actions),
+                pinned=cfg.algorithm.self_bc.pin_demos,
+            )
+        )
+    return episodes
 
 
 def camera_settings(env: EnvConfig) -> dict[str, Any]:

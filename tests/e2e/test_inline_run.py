@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from tests.e2e.toy_run import episodes, evaluations, numbers, summary, toy_config
 from vlarl_ray.checkpoint import load_latest
+from vlarl_ray.config import SamplingConfig, SelfBCConfig
 from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.inference.torch_server import TorchEngine
 from vlarl_ray.launch import run_evaluate, run_sft, run_training
@@ -93,6 +95,75 @@ def test_n_plus_m_updates_equal_n_save_load_m_f61(finished_run, tmp_path):
         for name, value in tensors.items():
             assert (value == parts.arrays[file][name]).all(), name
     assert [row["label"] for row in evaluations(tmp_path / "parts")].count("warm_start") == 1
+
+
+def rloo(cfg, **sampling):
+    """Leave-one-out advantages with dynamic sampling, curriculum and skipping: everything that keeps a state."""
+    return replace(
+        cfg,
+        algorithm=replace(cfg.algorithm, name="rloo"),
+        rollout=replace(cfg.rollout, group_size=4, groups_per_update=2, temperature=2.0),
+        sampling=SamplingConfig(dynamic=True, skip_solved=True, curriculum="frontier", **sampling),
+        env=replace(cfg.env, tasks=("reach-a", "reach-b")),
+    )
+
+
+def chunk_ppo(cfg):
+    self_bc = SelfBCConfig(capacity=4, min_fill=2, seed_demos=2, schedule="success_adaptive")
+    return replace(cfg, algorithm=replace(cfg.algorithm, name="chunk_ppo", ratio_level="chunk", self_bc=self_bc))
+
+
+@pytest.mark.parametrize("change", [rloo, chunk_ppo])
+def test_n_plus_m_updates_equal_n_save_load_m_for_algorithms_with_state_f61(change, tmp_path):
+    whole = change(toy_config(tmp_path / "whole"))
+    run_training(whole, inline=True, resume=False)
+    first = replace(whole, run_dir=str(tmp_path / "parts"), num_iterations=2)
+    run_training(first, inline=True, resume=False)
+    run_training(replace(first, num_iterations=3), inline=True, resume=True)
+    # the learning rate is constant here, so the planned number of iterations does not matter
+    assert numbers(tmp_path / "whole") == numbers(tmp_path / "parts")
+    assert episodes(tmp_path / "whole") == episodes(tmp_path / "parts")
+    states = [load_latest(str(tmp_path / name)).state for name in ("whole", "parts")]
+    for part in ("algorithm", "sampler", "stored_episodes", "learner"):
+        assert states[0][part] == states[1][part], part
+
+
+def test_dynamic_sampling_counts_every_attempt_and_learns_from_mixed_groups_only(tmp_path):
+    cfg = rloo(toy_config(tmp_path))
+    run_training(cfg, inline=True, resume=False)
+    rows, played = numbers(tmp_path), [row for row in episodes(tmp_path) if row["split"] == "train"]
+    for iteration, row in enumerate(rows):
+        groups = Counter()
+        for episode in played:
+            if episode["iteration"] == iteration:
+                groups[episode["group_id"]] += episode["success"]
+        mixed = sum(0 < successes < 4 for successes in groups.values())
+        assert row["rollout/groups_attempted"] == len(groups)
+        assert row["rollout/num_groups"] == mixed <= 2
+        assert row["rollout/accept_rate"] == pytest.approx(mixed / len(groups))
+    assert sum(row["rollout/groups_attempted"] for row in rows) * 4 == len(played)
+
+
+def test_f38_an_iteration_without_an_accepted_group_changes_no_weight_and_is_counted(finished_run, tmp_path):
+    cfg = rloo(from_policy(finished_run, tmp_path), max_attempts_factor=1.5)
+    cfg = replace(cfg, env=replace(cfg.env, tasks=("impossible",)))
+    run_training(cfg, inline=True, resume=False)
+    rows = numbers(tmp_path)
+    assert [(row["iteration"], row["version"]) for row in rows] == [(0, 0), (1, 0), (2, 0)]
+    assert all(row["rollout/accept_rate"] == 0 and row["rollout/groups_attempted"] == 3 for row in rows)
+    assert all("learn/policy_loss" not in row for row in rows)
+
+
+def test_self_cloning_starts_from_the_demonstrations_and_admits_successes(tmp_path):
+    run_training(chunk_ppo(toy_config(tmp_path)), inline=True, resume=False)
+    rows = numbers(tmp_path)
+    assert rows[0]["buffer/offered"] == 8
+    assert rows[0]["buffer/episodes"] >= 2
+    assert rows[-1]["buffer/offered"] == 24
+    assert rows[-1]["learn/bc_loss"] > 0  # not in the first update, which warms up the critic
+    assert "learn/bc_loss" not in rows[0]
+    stored = {path.stem for path in (tmp_path / "stored_episodes").glob("*.safetensors")}
+    assert set(load_latest(str(tmp_path)).state["stored_episodes"]) <= stored
 
 
 def test_full_training_publishes_everything(finished_run, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 ray = pytest.importorskip("ray")
 
 from tests.e2e.toy_run import episodes, numbers, toy_config  # noqa: E402
-from vlarl_ray.config import ClusterConfig  # noqa: E402
+from vlarl_ray.config import ClusterConfig, SamplingConfig  # noqa: E402
 from vlarl_ray.launch import run_training  # noqa: E402
 from vlarl_ray.remote.cluster import ClusterTooSmallError, reserve, wanted_resources  # noqa: E402
 from vlarl_ray.remote.system import build_remote  # noqa: E402
@@ -53,6 +53,23 @@ def test_inline_and_ray_give_equal_numbers(policy, tmp_path, monkeypatch):
     assert numbers(tmp_path / "inline") == numbers(tmp_path / "ray")
     assert episodes(tmp_path / "inline") == episodes(tmp_path / "ray")
     assert not ray.is_initialized()
+
+
+def test_inline_and_ray_give_equal_numbers_with_dynamic_sampling_and_cancelled_episodes(policy, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    inline = toy_config(tmp_path / "inline", policy=str(policy / "policy"))
+    inline = replace(
+        inline,
+        algorithm=replace(inline.algorithm, name="rloo"),
+        rollout=replace(inline.rollout, group_size=4, groups_per_update=2, temperature=2.0),
+        sampling=SamplingConfig(dynamic=True),
+    )
+    run_training(inline, inline=True, resume=False)
+    rollout = replace(inline.rollout, num_workers=2, envs_per_worker=8)  # room to run ahead
+    on_ray = replace(inline, run_dir=str(tmp_path / "ray"), rollout=rollout)
+    run_training(on_ray, inline=False, resume=False)
+    assert numbers(tmp_path / "inline") == numbers(tmp_path / "ray")
+    assert episodes(tmp_path / "inline") == episodes(tmp_path / "ray")
 
 
 def test_env_workers_share_the_gpus_of_the_servers_evenly(cluster, policy, tmp_path):

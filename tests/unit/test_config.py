@@ -103,6 +103,47 @@ BROKEN = {
         ["--rollout.shuffle_rewards", "true"],
         "algorithm.gamma = 0.99: rollout.shuffle_rewards needs 1",
     ),
+    "no group to compare in": (
+        ["--algorithm.name", "rloo"],
+        "rollout.group_size = 1: rloo compares the episodes of a group; set at least 2",
+    ),
+    "a critic compares nothing": (
+        ["--algorithm.name", "chunk_ppo", "--rollout.group_size", "2"],
+        "rollout.group_size = 2: chunk_ppo has a critic and compares nothing within a group; set 1",
+    ),
+    "dynamic sampling of groups of one": (
+        ["--sampling.dynamic", "true"],
+        "rollout.group_size = 1: sampling.dynamic rejects groups whose episodes all end alike",
+    ),
+    "band the wrong way round": (
+        [
+            "--sampling.dynamic",
+            "true",
+            "--algorithm.name",
+            "rloo",
+            "--rollout.group_size",
+            "4",
+            "--rollout.groups_per_update",
+            "8",
+            "--sampling.min_success",
+            "0.9",
+            "--sampling.max_success",
+            "0.1",
+        ],
+        "sampling.min_success = 0.9: is above sampling.max_success = 0.1",
+    ),
+    "F63 early stop without dynamic sampling": (
+        ["--sampling.early_stop_fraction", "0.8"],
+        "sampling.early_stop_fraction = 0.8: has no effect without sampling.dynamic = true",
+    ),
+    "F63 a peer's misspelling": (
+        ["--sampling.early_stop_porcentage", "0.8"],
+        "sampling.early_stop_porcentage = 0.8: there is no such field; did you mean 'sampling.early_stop_fraction'?",
+    ),
+    "buffer smaller than its minimum": (
+        ["--algorithm.self_bc.capacity", "5"],
+        "algorithm.self_bc.min_fill = 10: is above algorithm.self_bc.capacity = 5",
+    ),
     "run folder that is a file": (["--run_dir", "pyproject.toml"], "run_dir = 'pyproject.toml': is a file"),
     "demonstrations that are none": (["--demos.path", "jobs"], "demos.path = 'jobs': holds no demonstrations"),
     # names

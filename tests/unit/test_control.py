@@ -7,13 +7,16 @@ import numpy as np
 from tests.counting_env import CountingEnv, EchoClient, make_task
 from vlarl_ray.rewards.control import shuffle_rewards
 from vlarl_ray.rollout.env_worker import EnvWorker
+from vlarl_ray.rollout.groups import GroupRule
 from vlarl_ray.rollout.ledger import InlinePool, RolloutLedger
 
 
 def make_groups(count: int = 40):
     worker = EnvWorker(CountingEnv, EchoClient(), num_envs=4)
     tasks = [make_task(slot, init_state_id=5 if slot % 2 else 0, max_env_steps=9) for slot in range(count)]
-    return RolloutLedger(InlinePool(worker, capacity=8), max_attempts=1).take(tasks)
+    ledger = RolloutLedger(InlinePool(worker, capacity=8), max_attempts=1)
+    rule = GroupRule(num_wanted=len(tasks), max_attempts=len(tasks))
+    return ledger.take(([task] for task in tasks), rule).accepted
 
 
 def test_returns_are_permuted_and_paid_at_the_last_executed_step():

@@ -127,3 +127,20 @@ def test_proprio_has_one_row_more_than_decisions():
     done, _, _ = run([make_task(0, init_state_id=10)])
     assert done[0].proprio.shape == (4, 1)
     assert done[0].proprio.dtype == np.float32
+
+
+def test_cancelled_episodes_leave_the_worker_idle_and_ready_for_the_next_version():
+    client = EchoClient()
+    worker = EnvWorker(CountingEnv, client, num_envs=4)
+    for slot in range(8):
+        worker.submit(make_task(slot, max_env_steps=12))
+    for _ in range(3):
+        worker.turn()
+    worker.cancel_all()
+    assert worker.is_idle
+    worker.submit(make_task(50, init_state_id=3, policy_version=1))
+    ended = []
+    while not worker.is_idle:
+        ended += worker.turn()
+    assert [(t.task.slot, t.first_success_env_step) for t in ended] == [(50, 3)]
+    assert client.requests[-1].policy_version == 1

@@ -7,6 +7,7 @@ import pytest
 
 from tests.counting_env import CountingEnv, EchoClient, make_task
 from vlarl_ray.rollout.env_worker import EnvWorker
+from vlarl_ray.rollout.groups import GroupRule
 from vlarl_ray.rollout.ledger import InlinePool, RolloutLedger
 from vlarl_ray.train import SamplerMismatchError, check_sampler_ratio
 from vlarl_ray.types import Scores
@@ -15,7 +16,9 @@ from vlarl_ray.types import Scores
 def make_groups():
     worker = EnvWorker(CountingEnv, EchoClient(), num_envs=2)
     tasks = [make_task(slot, init_state_id=10) for slot in range(3)]
-    return RolloutLedger(InlinePool(worker, capacity=4), max_attempts=1).take(tasks)
+    ledger = RolloutLedger(InlinePool(worker, capacity=4), max_attempts=1)
+    rule = GroupRule(num_wanted=len(tasks), max_attempts=len(tasks))
+    return ledger.take(([task] for task in tasks), rule).accepted
 
 
 def make_scores(groups, **changed):

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlarl_ray.config import AlgorithmConfig
-from vlarl_ray.types import Scores, TrainBatch, TrajectoryGroup
+from vlarl_ray.types import Scores, StoredEpisode, TrainBatch, TrajectoryGroup
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,48 @@ class Algorithm(Protocol):
         """Compute the loss share of some rows. No state is read or written."""
         ...
 
+    def observe_update(self, losses: Mapping[str, float], *, success_rate: float) -> None:
+        """Take note of an update's metrics (`learn/...`) and of the success rate of its attempted episodes."""
+        ...
+
+    def metrics(self) -> dict[str, float | None]:
+        """Metrics of the algorithm's own state, for the row of the update."""
+        ...
+
+    @property
+    def stored_episodes(self) -> Sequence[StoredEpisode]:
+        """Episodes that must outlive the run; each is written to disk once."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """State to checkpoint (JSON types)."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`."""
+    def load_state_dict(self, state: Mapping[str, Any], episodes: Mapping[str, StoredEpisode]) -> None:
+        """Restore `state_dict`, with the stored episodes by key."""
         ...
+
+
+class Stateless:
+    """The state of algorithms that keep nothing between updates."""
+
+    def observe_update(self, losses: Mapping[str, float], *, success_rate: float) -> None:
+        """Nothing adapts."""
+        del losses, success_rate
+
+    def metrics(self) -> dict[str, float | None]:
+        """There is nothing to report."""
+        return {}
+
+    @property
+    def stored_episodes(self) -> Sequence[StoredEpisode]:
+        """None."""
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing is kept between updates."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], episodes: Mapping[str, StoredEpisode]) -> None:
+        """Accept the empty state."""
+        del state, episodes

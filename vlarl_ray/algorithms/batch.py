@@ -35,16 +35,18 @@ def build_batch(
     *,
     advantages: Sequence[np.ndarray],
     returns: Sequence[np.ndarray],
+    normalize: bool,
     version: int,
 ) -> TrainBatch:
     """Stack decisions into rows, in the order of `trajectories`.
 
     Args:
-        cfg: Says which log-probabilities the ratio refers to, whether advantages are normalised, and how lengths are.
+        cfg: Says which log-probabilities the ratio refers to, and how lengths are normalised.
         trajectories: Of one update; all sampled at one temperature.
         scores: One per trajectory; where `values` is None, old values and value targets are zero.
         advantages: `f[S]` per trajectory.
         returns: Value targets, `f[S]` per trajectory.
+        normalize: Standardise the advantages over the batch.
         version: Of the weights that are about to be updated.
 
     Raises:
@@ -62,7 +64,7 @@ def build_batch(
         action_tokens=concatenate_rows([trajectory.tokens for trajectory in trajectories]),
         token_mask=token_mask,
         old_logprobs=_old_logprobs(cfg, trajectories, scores),
-        advantages=normalize_advantages(rows) if cfg.normalize_advantages else rows,
+        advantages=normalize_advantages(rows) if normalize else rows,
         returns=_float_rows(returns),
         old_values=_float_rows([_values(s, n) for s, n in zip(scores, counts, strict=True)]),
         weights=_length_weights(cfg, trajectories, token_mask),

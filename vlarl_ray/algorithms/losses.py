@@ -150,6 +150,22 @@ def clip_fraction(
     return masked_sum(outside.to(log_ratio.dtype), mask)
 
 
+def cloning_loss(
+    logprobs: Float[Tensor, "B L"],
+    mask: Float[Tensor, "B L"] | Bool[Tensor, "B L"],
+    *,
+    normalizer: float | int | Tensor | None = None,
+) -> Float[Tensor, ""]:
+    """Compute behaviour cloning's loss, the mean negative log-probability of demonstrated action tokens.
+
+    Args:
+        logprobs: Of the demonstrated tokens under the policy.
+        mask: Which tokens count, or their weights: those behind the end of an episode do not.
+        normalizer: Denominator; None takes `mask.sum()`.
+    """
+    return -masked_sum(logprobs, mask) / _denominator(mask, normalizer)
+
+
 def masked_sum(x: Float[Tensor, "*R"], mask: Float[Tensor, "*R"] | Bool[Tensor, "*R"]) -> Float[Tensor, ""]:
     """Sum `mask * x`; what is masked may be infinite or NaN without entering the sum."""
     kept = torch.where(mask != 0, x, 0.0)

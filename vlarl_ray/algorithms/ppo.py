@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from vlarl_ray.algorithms.advantages import chunk_rewards, gae
-from vlarl_ray.algorithms.base import LossRows, LossTerms, Normalizers
+from vlarl_ray.algorithms.base import LossRows, LossTerms, Normalizers, Stateless
 from vlarl_ray.algorithms.batch import build_batch, flatten_groups
 from vlarl_ray.algorithms.losses import value_loss
 from vlarl_ray.algorithms.policy_loss import count_normalizers, policy_terms
@@ -16,7 +16,7 @@ from vlarl_ray.config import AlgorithmConfig
 from vlarl_ray.types import Scores, TrainBatch, Trajectory, TrajectoryGroup
 
 
-class PPO:
+class PPO(Stateless):
     """PPO with a learned critic; groups play no role, every episode stands for itself.
 
     Source:
@@ -43,7 +43,15 @@ class PPO:
         trajectories = flatten_groups(groups, scores)
         estimates = [self._estimate(t, s) for t, s in zip(trajectories, scores, strict=True)]
         advantages, returns = zip(*estimates, strict=True)
-        return build_batch(self.cfg, trajectories, scores, advantages=advantages, returns=returns, version=version)
+        return build_batch(
+            self.cfg,
+            trajectories,
+            scores,
+            advantages=advantages,
+            returns=returns,
+            normalize=self.cfg.normalize_advantages is not False,
+            version=version,
+        )
 
     def normalizers(self, batch: TrainBatch, rows: np.ndarray) -> Normalizers:
         """Count what the minibatch made of `rows` is averaged over."""
@@ -69,13 +77,6 @@ class PPO:
             sums={**policy.sums, "value_error": value.detach()},
             maxima=policy.maxima,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """PPO keeps no state between updates."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Accept the empty state."""
 
     def _estimate(self, trajectory: Trajectory, score: Scores) -> tuple[np.ndarray, np.ndarray]:
         if score.values is None:

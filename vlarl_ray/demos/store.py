@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 
 from vlarl_ray.config import EnvConfig
 
@@ -52,6 +52,14 @@ class Demonstration:
     actions: Float32[np.ndarray, "T D"]
     """What the simulator received: after noise and clipping, env units."""
     success: bool = True
+
+
+def chunks(
+    actions: Float32[np.ndarray, "T D"], chunk_length: int
+) -> tuple[Float32[np.ndarray, "T K D"], Bool[np.ndarray, "T K"]]:
+    """Cut the chunk that starts at every env step; past the end the last action is repeated and the mask is False."""
+    index = np.arange(len(actions))[:, None] + np.arange(chunk_length)
+    return actions[np.minimum(index, len(actions) - 1)], index < len(actions)
 
 
 def env_settings(env: EnvConfig) -> dict[str, Any]:

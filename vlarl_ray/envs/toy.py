@@ -20,8 +20,7 @@ from vlarl_ray.types import Observation, Split, StepResult, TaskSpec
 
 STEP = 0.1
 RADIUS = 0.08
-NUM_INIT_STATES: Mapping[Split, int] = {"train": 2000, "eval": 50}
-"""Many to train on: a policy that sees a few dozen goals learns those, and not to look."""
+NUM_EVAL_STATES = 50
 
 _MOTIONS: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "reach-a": ((1, 0), (0, 1)),
@@ -48,6 +47,7 @@ class ToySuite:
         gl_backend: Not needed, frames are drawn with numpy.
         train_seed: Seed of the training initial states.
         eval_seed: Seed of the held-out ones.
+        num_train_states: Training initial states. A policy that sees a few dozen goals learns those, and not to look.
     """
 
     name = "toy"
@@ -63,6 +63,7 @@ class ToySuite:
         gl_backend: str = "auto",
         train_seed: int = 42,
         eval_seed: int = 1042,
+        num_train_states: int = 2000,
     ) -> None:
         for task in tasks:
             if task not in _MOTIONS:
@@ -75,8 +76,8 @@ class ToySuite:
         self.image_size = image_size
         self._arguments: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__", "task")}
         self._states: dict[Split, Float64[np.ndarray, "N 4"]] = {
-            "train": _initial_states(train_seed, NUM_INIT_STATES["train"]),
-            "eval": _initial_states(eval_seed, NUM_INIT_STATES["eval"]),
+            "train": _initial_states(train_seed, num_train_states),
+            "eval": _initial_states(eval_seed, NUM_EVAL_STATES),
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -88,7 +89,7 @@ class ToySuite:
         """What frames and initial states depend on; recorded with demonstrations."""
         return {
             name: self._arguments[name]
-            for name in ("image_size", "camera", "render_profile", "train_seed", "eval_seed")
+            for name in ("image_size", "camera", "render_profile", "train_seed", "eval_seed", "num_train_states")
         }
 
     def instruction(self, task_id: str) -> str:
@@ -96,7 +97,7 @@ class ToySuite:
         return _INSTRUCTIONS[task_id]
 
     def num_init_states(self, task_id: str, split: Split) -> int:
-        """See `NUM_INIT_STATES`."""
+        """`num_train_states`, and 50 held-out ones."""
         del task_id
         return len(self._states[split])
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Int64, UInt8
 from torch import Tensor
 
 from vlarl_ray.models.base import PolicyInputs, VLAModel
-from vlarl_ray.types import FrameRef, TrainBatch
+from vlarl_ray.types import DemoRows, FrameRef, TrainBatch
 
 Fetch = Callable[[Sequence[FrameRef]], Sequence[Any]]
 """Resolves frame references to `u8[S+1, V, H, W, 3]` arrays: `Transport.fetch`."""
@@ -123,6 +123,62 @@ class MicroBatch:
     returns: Float[Tensor, " M"]
     weights: Float[Tensor, " M"]
     """0 for padding rows."""
+
+
+@dataclass(frozen=True)
+class CloneBatch:
+    """Tensors of one cloning pass, on the learner's device."""
+
+    inputs: PolicyInputs
+    tokens: Int64[Tensor, "M L"]
+    mask: Bool[Tensor, "M L"]
+    """False for padding rows, and for tokens behind the end of an episode."""
+
+
+class DemoReader:
+    """Reads rows to clone; the model turns their actions into tokens.
+
+    Args:
+        demos: What to clone.
+        rows: All rows that will be asked for; only their episodes are fetched, each once.
+        fetch: Resolves frame references.
+        prompts: Prompt encoder.
+        model: Encodes actions.
+        device: Where tensors go.
+    """
+
+    def __init__(
+        self,
+        demos: DemoRows,
+        rows: Int[np.ndarray, " M"],
+        fetch: Fetch,
+        prompts: PromptCache,
+        model: VLAModel,
+        device: torch.device,
+    ) -> None:
+        needed = np.unique(demos.episode_index[rows]).tolist()
+        self._frames: Mapping[int, np.ndarray] = dict(
+            zip(needed, fetch([demos.frames[i] for i in needed]), strict=True)
+        )
+        self._demos = demos
+        self._prompts = prompts
+        self._model = model
+        self._device = device
+
+    def read(self, dealt: DealtRows) -> CloneBatch:
+        """Gather the rows of one pass."""
+        demos, rows = self._demos, dealt.rows
+        episodes = demos.episode_index[rows].tolist()
+        frames = stack_frames(self._frames, episodes, demos.decision_index[rows].tolist())
+        ids, lengths = self._prompts.encode([demos.instructions[i] for i in episodes])
+        inputs = PolicyInputs(torch.from_numpy(frames), ids, lengths, torch.from_numpy(demos.proprio[rows]))
+        per_step = self._model.num_action_tokens // self._model.chunk_length
+        mask = np.repeat(demos.action_mask[rows] & dealt.real[:, None], per_step, axis=1)
+        return CloneBatch(
+            inputs=inputs.to(self._device),
+            tokens=self._model.encode_actions(torch.from_numpy(demos.actions[rows])).to(self._device),
+            mask=torch.from_numpy(mask).to(self._device),
+        )
 
 
 class BatchReader:

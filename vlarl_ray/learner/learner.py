@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int, Int32
 
 from vlarl_ray.algorithms.advantages import explained_variance
 from vlarl_ray.algorithms.base import Algorithm
 from vlarl_ray.config import LearnerConfig
-from vlarl_ray.learner.batch import BatchReader, Fetch, PromptCache, deal_rows, epoch_minibatches
+from vlarl_ray.learner.batch import BatchReader, DealtRows, DemoReader, Fetch, PromptCache, deal_rows, epoch_minibatches
 from vlarl_ray.learner.fsdp import Ranks, gather_full, shard
 from vlarl_ray.learner.optimizer import ShardOptimizer
 from vlarl_ray.learner.scoring import Scorer
@@ -63,7 +64,6 @@ class Learner:
         self._seed = seed
         self._device = torch.device(device or _device(cfg))
         self._model = model.to(self._device).eval()  # no dropout: the scored distribution is the sampled one
-        self._published = _published_names(model)
         self._ranks = Ranks.join(
             rank=rank,
             world_size=world_size,
@@ -73,6 +73,7 @@ class Learner:
         )
         has_critic = "values" in algorithm.needs
         actor, critic = _split_trainable(model, has_critic=has_critic)
+        self._published = _published_names(model)
         if self._ranks.has_process_group:
             compute_dtype = _to_bfloat16(model) if cfg.dtype == "bfloat16" else None
             shard(model, self._ranks, compute_dtype=compute_dtype)
@@ -126,11 +127,20 @@ class Learner:
             ValueError: If the batch is empty.
         """
         _check_batch(batch)
+        factor = 1.0 - batch.progress * (1.0 - self._cfg.final_learning_rate_fraction)
+        for optimizer in self._optimizers():
+            optimizer.scale_learning_rate(factor)
         minibatches = self._plan(batch)
         rows = np.concatenate([dealt.rows for minibatch in minibatches for dealt in minibatch.passes])
         reader = BatchReader(batch, rows, fetch, self._prompts, self._device)
-        metrics = self._updater.run(batch, minibatches, reader)
-        metrics["explained_variance"] = explained_variance(batch.old_values, batch.returns)
+        demo_reader = None
+        if batch.demos is not None:
+            cloned = np.concatenate([dealt.rows for minibatch in minibatches for dealt in minibatch.clone_passes])
+            demo_reader = DemoReader(batch.demos, cloned, fetch, self._prompts, self._model, self._device)
+        metrics = self._updater.run(batch, minibatches, reader, demo_reader)
+        metrics["learning_rate"] = factor * self._cfg.actor_learning_rate
+        if self._critic is not None:
+            metrics["explained_variance"] = explained_variance(batch.old_values, batch.returns)
         _LOG.info("updated version %d in %d steps", batch.policy_version, int(metrics["num_optimizer_steps"]))
         return {f"learn/{name}": value for name, value in metrics.items()}
 
@@ -200,19 +210,34 @@ class Learner:
         self._ranks.leave()
 
     def _plan(self, batch: TrainBatch) -> list[Minibatch]:
+        minibatches = [Minibatch(rows, self._deal(rows)) for rows in self._cut(len(batch), batch.policy_version)]
+        demos = batch.demos
+        if demos is None:
+            return minibatches
+        per_action = self._model.num_action_tokens // self._model.chunk_length
+        return [
+            replace(
+                minibatch,
+                num_clone_tokens=float(max(1, demos.action_mask[rows].sum() * per_action)),
+                clone_passes=self._deal(rows),
+            )
+            for minibatch, rows in zip(minibatches, self._cut(len(demos), batch.policy_version), strict=True)
+        ]
+
+    def _cut(self, num_rows: int, version: int) -> list[Int[np.ndarray, " M"]]:
+        """Cut every epoch's permutation of rows into minibatches."""
         cfg = self._algorithm.cfg
-        parts = [
+        return [
             rows
             for epoch in range(cfg.num_epochs)
-            for rows in epoch_minibatches(
-                len(batch), cfg.num_minibatches, seed=self._seed, version=batch.policy_version, epoch=epoch
-            )
+            for rows in epoch_minibatches(num_rows, cfg.num_minibatches, seed=self._seed, version=version, epoch=epoch)
         ]
-        ranks, size = self._ranks, self._cfg.micro_batch_size
-        return [
-            Minibatch(rows, deal_rows(rows, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=size))
-            for rows in parts
-        ]
+
+    def _deal(self, rows: Int[np.ndarray, " M"]) -> list[DealtRows]:
+        ranks = self._ranks
+        return deal_rows(
+            rows, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=self._cfg.micro_batch_size
+        )
 
     def _optimizers(self) -> list[ShardOptimizer]:
         return [self._actor] if self._critic is None else [self._actor, self._critic]

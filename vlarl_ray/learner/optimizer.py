@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class ShardOptimizer:
         self.num_steps = 0
         self.shards = {name: local_shard(p) for name, p in self._parameters.items()}
         self.shapes = {name: p.shape for name, p in self._parameters.items()}
+        self._learning_rate = learning_rate
         self._adamw = torch.optim.AdamW(
             list(self.shards.values()),
             lr=learning_rate,
@@ -42,6 +43,10 @@ class ShardOptimizer:
             weight_decay=cfg.weight_decay,
             fused=True,
         )
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Set the learning rate to `factor` times the configured one."""
+        self._adamw.param_groups[0]["lr"] = factor * self._learning_rate
 
     def require_grad(self, required: bool) -> None:
         """Freeze or unfreeze the parameters."""
@@ -54,6 +59,23 @@ class ShardOptimizer:
         if not gradients:
             return torch.zeros((), dtype=torch.float64, device=next(iter(self.shards.values())).device)
         return torch.nn.utils.get_total_norm(gradients).double().square()
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """Set the gradients aside: the next backward pass starts from none."""
+        taken = [p.grad for p in self._parameters.values()]
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        return taken
+
+    def add_gradients(self, taken: Sequence[Tensor | None], *, scale: float) -> None:
+        """Make the gradients `taken + scale * current`."""
+        for parameter, first in zip(self._parameters.values(), taken, strict=True):
+            if parameter.grad is None:
+                parameter.grad = first
+                continue
+            local_shard(parameter.grad).mul_(scale)
+            if first is not None:
+                local_shard(parameter.grad).add_(local_shard(first))
 
     def step(self, grad_norm: float) -> None:
         """Clip to `max_grad_norm`, step and drop the gradients.

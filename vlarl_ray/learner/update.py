@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from vlarl_ray.algorithms.base import Algorithm, LossRows, LossTerms, Normalizers
-from vlarl_ray.learner.batch import BatchReader, DealtRows, MicroBatch
+from vlarl_ray.algorithms.losses import cloning_loss
+from vlarl_ray.learner.batch import BatchReader, DealtRows, DemoReader, MicroBatch
 from vlarl_ray.learner.fsdp import Ranks
 from vlarl_ray.learner.optimizer import ShardOptimizer
 from vlarl_ray.models.action_tokens import action_entropy, action_logprobs
@@ -37,6 +38,10 @@ class Minibatch:
     """Of all ranks, for the global denominators."""
     passes: Sequence[DealtRows]
     """This rank's share."""
+    num_clone_tokens: float = 0.0
+    """Action tokens to clone, of all ranks."""
+    clone_passes: Sequence[DealtRows] = ()
+    """This rank's share of the rows to clone."""
 
 
 class Updater:
@@ -68,7 +73,13 @@ class Updater:
         self._critic = critic
         self._sync_every_pass = sync_every_pass
 
-    def run(self, batch: TrainBatch, minibatches: Iterable[Minibatch], reader: BatchReader) -> dict[str, float]:
+    def run(
+        self,
+        batch: TrainBatch,
+        minibatches: Iterable[Minibatch],
+        reader: BatchReader,
+        demo_reader: DemoReader | None = None,
+    ) -> dict[str, float]:
         """Step through the minibatches, or until one exceeds the KL limit. Collective.
 
         Returns:
@@ -83,7 +94,7 @@ class Updater:
         records: list[dict[str, float]] = []
         num_steps, stopped = 0, False
         for minibatch in minibatches:
-            records.append(self._accumulate(batch, minibatch, reader, warms_up=warms_up))
+            records.append(self._accumulate(batch, minibatch, reader, demo_reader, warms_up=warms_up))
             stopped = cfg.target_kl is not None and records[-1].get("approx_kl", 0.0) > cfg.target_kl
             if stopped:
                 self._drop_gradients()
@@ -99,22 +110,28 @@ class Updater:
         }
 
     def _accumulate(
-        self, batch: TrainBatch, minibatch: Minibatch, reader: BatchReader, *, warms_up: bool
+        self,
+        batch: TrainBatch,
+        minibatch: Minibatch,
+        reader: BatchReader,
+        demo_reader: DemoReader | None,
+        *,
+        warms_up: bool,
     ) -> dict[str, float]:
         """Add up the gradients of a minibatch; returns its global statistics."""
         normalizers = self._algorithm.normalizers(batch, minibatch.rows)
         sums: dict[str, Tensor] = {}
         maxima: dict[str, Tensor] = {}
         for index, dealt in enumerate(minibatch.passes):
-            is_last = index == len(minibatch.passes) - 1
-            if isinstance(self._model, FSDPModule):
-                self._model.set_requires_gradient_sync(is_last or self._sync_every_pass)
+            self._sync_gradients(is_last=index == len(minibatch.passes) - 1)
             terms, faults = self._backward(reader.read(dealt), batch, normalizers, warms_up=warms_up)
             shares = {"policy_loss": terms.policy.detach(), "value_loss": terms.value.detach(), **terms.sums, **faults}
             for name, value in shares.items():
                 sums[name] = sums[name] + value if name in sums else value
             for name, value in terms.maxima.items():
                 maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
+        if demo_reader is not None and not warms_up:
+            sums |= self._clone(batch, minibatch, demo_reader)
         sums["squared_grad_norm_actor"] = self._actor.squared_grad_norm()
         if self._critic is not None:
             sums["squared_grad_norm_critic"] = self._critic.squared_grad_norm()
@@ -122,7 +139,33 @@ class Updater:
         self._check(statistics, batch.policy_version)
         for name in ("actor", "critic"):
             statistics[f"grad_norm_{name}"] = math.sqrt(statistics.pop(f"squared_grad_norm_{name}", 0.0))
+        for name in ("policy", "bc"):
+            if (square := statistics.pop(f"squared_grad_norm_{name}", None)) is not None:
+                statistics[f"grad_norm_{name}"] = math.sqrt(square)
         return statistics
+
+    def _clone(self, batch: TrainBatch, minibatch: Minibatch, reader: DemoReader) -> dict[str, Tensor]:
+        """Add the weighted gradient of cloning to that of the other terms, and measure both by themselves."""
+        sums = {"squared_grad_norm_policy": self._actor.squared_grad_norm()}
+        others = self._actor.take_gradients()
+        for index, dealt in enumerate(minibatch.clone_passes):
+            self._sync_gradients(is_last=index == len(minibatch.clone_passes) - 1)
+            rows = reader.read(dealt)
+            output = self._model(rows.inputs, rows.tokens)
+            columns = rows.tokens - self._model.first_action_token
+            logprobs = action_logprobs(output.logits, columns, temperature=batch.temperature)
+            loss = cloning_loss(logprobs, rows.mask, normalizer=minibatch.num_clone_tokens)
+            (loss * self._ranks.world_size + 0.0 * output.values.sum()).backward()
+            share = loss.detach()
+            sums["bc_loss"] = sums["bc_loss"] + share if "bc_loss" in sums else share
+        sums["squared_grad_norm_bc"] = self._actor.squared_grad_norm()
+        self._actor.add_gradients(others, scale=batch.bc_weight)
+        return sums
+
+    def _sync_gradients(self, *, is_last: bool) -> None:
+        """Reduce gradients over ranks in the coming pass, or leave that to the last one."""
+        if isinstance(self._model, FSDPModule):
+            self._model.set_requires_gradient_sync(is_last or self._sync_every_pass)
 
     def _backward(
         self, rows: MicroBatch, batch: TrainBatch, normalizers: Normalizers, *, warms_up: bool
@@ -154,7 +197,7 @@ class Updater:
             ),
             normalizers,
         )
-        loss = terms.value if warms_up else terms.policy + terms.value
+        loss = terms.value if warms_up else batch.policy_weight * terms.policy + terms.value
         # FSDP averages gradients over ranks, but the loss is a share of a global mean already. The value stays in the
         # graph whatever the loss: all ranks must have gradients for the same parameters.
         (loss * self._ranks.world_size + 0.0 * output.values.sum()).backward()
@@ -174,7 +217,8 @@ class Updater:
 
     def _check(self, statistics: dict[str, float], version: int) -> None:
         faults = [f"the model's {name}" for name in ("logprobs", "values") if statistics.pop(f"nonfinite_{name}")]
-        faults += [name for name in ("policy_loss", "value_loss") if not math.isfinite(statistics[name])]
+        losses = ("policy_loss", "value_loss", "bc_loss")
+        faults += [name for name in losses if not math.isfinite(statistics.get(name, 0.0))]
         if not faults and not all(math.isfinite(value) for name, value in statistics.items() if "grad_norm" in name):
             faults = [f"gradient of {name}" for name in self._nonfinite_gradients()[:3]] or ["squared gradient norm"]
         if faults:

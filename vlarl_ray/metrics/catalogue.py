@@ -64,7 +64,9 @@ _ROLLOUT = {
     "rollout/steps_to_success_all": Metric("env steps", "The same over all episodes, a failure counting the horizon."),
     "rollout/truncated_fraction": Metric("1", "Episodes cut off at the horizon / attempted episodes."),
     "rollout/accept_rate": Metric("1", "Groups used for the update / groups attempted."),
+    "rollout/accept_rate/<task>": Metric("1", "The same for one task; null where it was not drawn."),
     "rollout/num_groups": Metric("groups", "Groups used for the update."),
+    "rollout/groups_attempted": Metric("groups", "Groups judged, accepted or not."),
     "rollout/duplicates_dropped": Metric("episodes", "Results that arrived a second time and were ignored."),
     "rollout/episodes_redone": Metric("episodes", "Episodes run again after a crash or a deadline."),
     "rollout/workers_restarted": Metric("workers", "Env workers replaced during the iteration."),
@@ -76,6 +78,12 @@ _ROLLOUT = {
 _LEARN = {
     "learn/policy_loss": Metric("1", "Policy terms of the loss: surrogate, entropy bonus, KL penalty."),
     "learn/value_loss": Metric("1", "Value loss, its coefficient included."),
+    "learn/learning_rate": Metric("1", "AdamW learning rate of the policy in this update."),
+    "learn/bc_loss": Metric("nats", "Mean negative log-probability of cloned action tokens, before its weight."),
+    "learn/policy_weight": Metric("1", "Weight of the policy terms."),
+    "learn/bc_weight": Metric("1", "Weight of the cloning loss."),
+    "learn/grad_norm_policy": Metric("1", "Gradient norm of the actor before cloning is added; where demos are."),
+    "learn/grad_norm_bc": Metric("1", "Gradient norm of the cloning loss, before its weight."),
     "learn/value_error": Metric("reward^2", "Value loss before its coefficient."),
     "learn/entropy": Metric("nats", "Mean entropy of the distributions over the action bins."),
     "learn/approx_kl": Metric("nats", "Mean of ratio - 1 - log ratio against the old policy (k3 estimator)."),
@@ -94,6 +102,16 @@ _LEARN = {
         "1", "Largest |exp(learner - engine log-probability) - 1|, before any step."
     ),
     "learn/sampler_ratio_decisions": Metric("decisions", "Decisions that the sampler ratio was taken on."),
+}
+
+_BUFFER = {
+    "buffer/episodes": Metric("episodes", "Episodes in the self-cloning buffer."),
+    "buffer/offered": Metric("episodes", "Episodes offered to the buffer so far."),
+    "buffer/admitted": Metric("episodes", "Of these, admitted."),
+    "buffer/rejected_fail": Metric("episodes", "Of these, rejected as failures."),
+    "buffer/rejected_long": Metric("episodes", "Of these, rejected as longer than what is there."),
+    "buffer/evicted": Metric("episodes", "Episodes that gave way to shorter ones."),
+    "buffer/mean_length/<task>": Metric("env steps", "Mean steps to success of a task's stored episodes."),
 }
 
 _PUBLISH = {
@@ -117,7 +135,7 @@ _EVAL = {
     "eval/episodes": Metric("episodes", "Held-out episodes, each (task, initial state) once."),
 }
 
-METRICS: Mapping[str, Metric] = MappingProxyType({**_ROLLOUT, **_LEARN, **_PUBLISH, **_EVAL, **_timing()})
+METRICS: Mapping[str, Metric] = MappingProxyType({**_ROLLOUT, **_LEARN, **_BUFFER, **_PUBLISH, **_EVAL, **_timing()})
 """By name; a last part `<task>` stands for any task id."""
 
 _TIMING_AREAS = frozenset({"time", "throughput", "memory"})

@@ -39,17 +39,24 @@ class RemoteClient:
 
 
 class EnvWorkerActor:
-    """An env worker: episodes come in as calls, one thread runs the simulators and holds their GL context."""
+    """An env worker: episodes come in as calls, one thread runs the simulators and holds their GL context.
 
-    def __init__(self, cfg: ExperimentConfig, index: int, server: Any) -> None:
+    Args:
+        cfg: The run.
+        index: Number of this worker.
+        server: Name of the inference server actor it asks.
+    """
+
+    def __init__(self, cfg: ExperimentConfig, index: int, server: str) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        self._inbox: queue.SimpleQueue[tuple[TaskSpec, Callable[[Any], None]]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[TaskSpec, Callable[[Any], None]] | None] = queue.SimpleQueue()
+        """Episodes to run; None abandons those before it."""
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, args=(cfg, index, server), name="simulators", daemon=True)
         self._thread.start()
 
     async def run_episode(self, task: TaskSpec) -> tuple[Any, FrameRef]:
-        """Run one episode; returns (trajectory without frames, frames), or (failure, None)."""
+        """Run one episode; returns (trajectory without frames, frames), (failure, None), or None twice if cancelled."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future = loop.create_future()
 
@@ -64,11 +71,15 @@ class EnvWorkerActor:
             return replace(outcome, frames=None), outcome.frames
         return outcome, None
 
+    async def cancel_all(self) -> None:
+        """Abandon every episode that was submitted before."""
+        self._inbox.put(None)
+
     async def describe(self) -> dict[str, Any]:
         """Process id and GPUs of this worker."""
         return {"pid": os.getpid(), "gpu_ids": ray.get_gpu_ids()}
 
-    def _run(self, cfg: ExperimentConfig, index: int, server: Any) -> None:
+    def _run(self, cfg: ExperimentConfig, index: int, server: str) -> None:
         from vlarl_ray.envs import make_suite
         from vlarl_ray.rollout.env_worker import EnvWorker
 
@@ -78,14 +89,21 @@ class EnvWorkerActor:
             suite = make_suite(cfg.env, egl_device_id=int(gpu_ids[0]) if gpu_ids else None)
             worker = EnvWorker(
                 suite.make_env,
-                RemoteClient(server),
+                RemoteClient(ray.get_actor(server)),
                 num_envs=cfg.rollout.envs_per_worker,
                 index=index,
                 deadline_s=cfg.inference.deadline_s,
             )
             while True:
                 while worker.is_idle or not self._inbox.empty():
-                    task, answer = self._inbox.get()
+                    item = self._inbox.get()
+                    if item is None:
+                        worker.cancel_all()
+                        for answer in waiting.values():
+                            answer(None)
+                        waiting.clear()
+                        continue
+                    task, answer = item
                     waiting[task.identity] = answer
                     worker.submit(task)
                 for outcome in worker.turn():
@@ -96,8 +114,9 @@ class EnvWorkerActor:
             for answer in waiting.values():
                 answer(error)
             while True:
-                _, answer = self._inbox.get()
-                answer(error)
+                item = self._inbox.get()
+                if item is not None:
+                    item[1](error)
 
 
 class InferenceServerActor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ def connect(cfg: ExperimentConfig) -> bool:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Metrics and logs of a library user are theirs; Ray's own INFO lines would break the progress bar.
-    options: dict[str, Any] = {"namespace": f"vlarl-{os.getpid()}", "logging_level": logging.WARNING}
+    # Actors are named, so each run has a namespace of its own.
+    options: dict[str, Any] = {"namespace": f"vlarl-{uuid.uuid4().hex}", "logging_level": logging.WARNING}
     address = cfg.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, **options)

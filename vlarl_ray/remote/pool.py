@@ -64,7 +64,9 @@ class RayPool:
         return [self._take(reference) for reference in more]
 
     def cancel_all(self) -> None:
-        """Drop what is running; the references go, results are never read."""
+        """Tell the workers to abandon their episodes; the references go, results are never read."""
+        for worker in {running.worker for running in self._running.values()}:
+            self._workers[worker].cancel_all.remote()
         self._running.clear()
         self._load = [0] * len(self._workers)
 

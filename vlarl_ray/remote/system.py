@@ -56,6 +56,7 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
         _actor(
             InferenceServerActor,
             max_restarts=0,
+            name=f"inference-server-{index}",
             # every half of every worker may wait for an answer at once; a few more for weights, probe and description
             max_concurrency=2 * -(-cfg.rollout.num_workers // cfg.inference.num_servers) + 4,
             num_cpus=cluster.cpus_per_server,
@@ -68,16 +69,18 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
         _actor(
             EnvWorkerActor,
             max_restarts=-1,
+            name=f"env-worker-{index}",
             num_cpus=cluster.cpus_per_worker,
             num_gpus=cluster.gpus_per_worker,
             scheduling_strategy="SPREAD" if bundle is None else _bundle(places.inference, bundle),
-        ).remote(cfg, index, servers[index % len(servers)])
+        ).remote(cfg, index, f"inference-server-{index % len(servers)}")  # a handle would not survive a restart
         for index, bundle in enumerate(places.worker_bundle)
     ]
     ranks = [
         _actor(
             LearnerRankActor,
             max_restarts=0,
+            name=f"learner-rank-{rank}",
             num_cpus=cluster.cpus_per_rank,
             num_gpus=cluster.gpus_per_rank,
             scheduling_strategy=_bundle(places.learner, rank),

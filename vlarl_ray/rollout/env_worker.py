@@ -95,6 +95,14 @@ class EnvWorker:
         self._send_request(half)
         return ended
 
+    def cancel_all(self) -> None:
+        """Abandon every episode; a reply still to come is not waited for."""
+        self._waiting.clear()
+        for half in self._halves:
+            half.asked, half.reply = [], None
+            for seat in half.seats:
+                seat.episode = None
+
     def close(self) -> None:
         """Close every simulator."""
         for half in self._halves:
