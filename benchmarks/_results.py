@@ -13,13 +13,24 @@ from vlarl_ray.summary import describe_machine, installed_versions
 RESULTS = Path(__file__).parent / "results"
 
 
+def current_commit() -> str:
+    """Commit of the working tree."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def read_result(name: str) -> dict[str, Any]:
+    """Return the figures stored last; empty if there are none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else {}
+
+
 def write_result(name: str, figures: dict[str, Any]) -> Path:
     """Store figures as `results/<name>.json`, replacing older ones."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     record = {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit or "unknown",
+        "commit": current_commit(),
         "machine": describe_machine(),
         "versions": installed_versions(),
         "figures": figures,

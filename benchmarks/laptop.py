@@ -3,7 +3,8 @@
 For each seed the whole preset runs (demonstrations, warm start, evaluation, RL, evaluation). Controls, same seeds:
 `more_sft` trains the warm start for as long again as the RL part may take (one learning-rate cycle over all of it, the
 strongest form), `shuffled` runs RL with permuted outcomes. Finished runs are kept and skipped, so the script can be
-interrupted and run again; the figures are recomputed from the run folders each time.
+interrupted and run again. Figures are read from the run folders; those of earlier results whose folder is gone are kept
+if they come from the same preset.
 
     python -m benchmarks.laptop [--seeds 0 1 2] [--parts rl more_sft shuffled] [--folder runs/benchmark-laptop]
 """
@@ -11,6 +12,7 @@ interrupted and run again; the figures are recomputed from the run folders each 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks._results import write_result
+from benchmarks._results import current_commit, read_result, write_result
 from vlarl_ray.metrics.logger import read_jsonl
 
 PRESET = "jobs/laptop.yaml"
@@ -36,11 +38,17 @@ def main() -> None:
     for part in args.parts:
         for seed in args.seeds:
             {"rl": run_rl, "more_sft": run_more_sft, "shuffled": run_shuffled}[part](args, seed)
+    preset = hashlib.sha256(Path(PRESET).read_bytes()).hexdigest()[:12]
+    earlier = read_result("laptop")
     for seed in args.seeds:
         for part in figures:
             found = read_run(args.folder / f"{part}-seed{seed}", final=part != "more_sft")
+            kept = earlier.get(part, {}).get(f"seed {seed}", {})
             if found:
-                figures[part][f"seed {seed}"] = found
+                commit = kept.get("commit", current_commit()) if found.items() <= kept.items() else current_commit()
+                figures[part][f"seed {seed}"] = {"preset": preset, "commit": commit, **found}
+            elif kept.get("preset") == preset:
+                figures[part][f"seed {seed}"] = kept
     show(figures)
     print("wrote", write_result("laptop", figures))
 
