@@ -2,9 +2,10 @@
 
 For each seed the whole preset runs (demonstrations, warm start, evaluation, RL, evaluation). Controls, same seeds:
 `more_sft` trains the warm start for as long again as the RL part may take (one learning-rate cycle over all of it, the
-strongest form), `shuffled` runs RL with permuted outcomes. Finished runs are kept and skipped, so the script can be
-interrupted and run again. Figures are read from the run folders; those of earlier results whose folder is gone are kept
-if they come from the same preset.
+strongest form), `shuffled` runs RL with permuted outcomes for half as many updates, by when true ones have raised
+success most of the way (`train_success_halfway`). Finished runs are kept and skipped, so the script can be interrupted
+and run again. Figures are read from the run folders; those of earlier results whose folder is gone are kept if they
+come from the same preset.
 
     python -m benchmarks.laptop [--seeds 0 1 2] [--parts rl more_sft shuffled] [--folder runs/benchmark-laptop]
 """
@@ -25,6 +26,7 @@ from vlarl_ray.metrics.logger import read_jsonl
 
 PRESET = "jobs/laptop.yaml"
 EXTRA_SFT_SECONDS = 900
+SHUFFLED_UPDATES = 40
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--parts", nargs="+", default=["rl", "more_sft", "shuffled"])
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-laptop"))
-    parser.add_argument("--extra-steps-per-second", type=float, default=10.0, help="guess that sizes the longer cycle")
+    parser.add_argument("--extra-steps-per-second", type=float, default=7.5, help="guess that sizes the longer cycle")
     args = parser.parse_args()
     figures: dict[str, Any] = {part: {} for part in ("rl", "more_sft", "shuffled")}
     for part in args.parts:
@@ -40,7 +42,8 @@ def main() -> None:
             {"rl": run_rl, "more_sft": run_more_sft, "shuffled": run_shuffled}[part](args, seed)
     preset = hashlib.sha256(Path(PRESET).read_bytes()).hexdigest()[:12]
     earlier = read_result("laptop")
-    for seed in args.seeds:
+    known = {int(name.removeprefix("seed ")) for part in earlier.values() for name in part}
+    for seed in sorted({*args.seeds, *known}):
         for part in figures:
             found = read_run(args.folder / f"{part}-seed{seed}", final=part != "more_sft")
             kept = earlier.get(part, {}).get(f"seed {seed}", {})
@@ -80,8 +83,8 @@ def run_shuffled(args: argparse.Namespace, seed: int) -> None:
     if not is_finished(folder):
         resume = ["--resume"] if folder.exists() else []
         vlarl(
-            "train", PRESET, "--seed", seed, "--run-dir", folder, "--policy", policy,
-            "--rollout.shuffle_rewards", "true", "--algorithm.gamma", "1", *resume,
+            "train", PRESET, "--seed", seed, "--run-dir", folder, "--policy", policy, *resume,
+            "--rollout.shuffle_rewards", "true", "--algorithm.gamma", "1", "--num_iterations", SHUFFLED_UPDATES,
         )  # fmt: skip
 
 
@@ -113,7 +116,12 @@ def read_run(folder: Path, *, final: bool) -> dict[str, Any] | None:
         "published_bytes_per_update", "expert_steps_to_success", "expert_steps_to_success_per_task",
     )  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
-    extra = {"evaluated_every_updates_besides": config["evaluation"]["every_updates"]}
+    updates = read_jsonl(folder / "metrics.jsonl")[SHUFFLED_UPDATES - 5 : SHUFFLED_UPDATES]
+    extra = {
+        "evaluated_every_updates_besides": config["evaluation"]["every_updates"],
+        "updates": config["num_iterations"],
+        "train_success_halfway": sum(row["rollout/success_rate"] for row in updates) / len(updates),
+    }
     return {**result, **{name: summary[name] for name in names}, **extra}
 
 
