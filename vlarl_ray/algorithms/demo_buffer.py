@@ -103,14 +103,13 @@ class DemoBuffer:
         return {**counters, "buffer/episodes": float(len(self)), **lengths}
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, and the key and pin of every episode in order (JSON types); arrays are in `episodes`."""
-        episodes = [[episode.key, episode.pinned] for episode in self.episodes]
-        return {"episodes": episodes, "counters": asdict(self.counters)}
+        """Counters, and the key of every episode in order (JSON types); the rest is in `episodes`."""
+        return {"episodes": [episode.key for episode in self.episodes], "counters": asdict(self.counters)}
 
     def load_state_dict(self, state: Mapping[str, Any], episodes: Mapping[str, StoredEpisode]) -> None:
         """Restore `state_dict`, taking the arrays of each key from `episodes`."""
         self._stores = {}
-        for key, _ in state["episodes"]:
+        for key in state["episodes"]:
             self._stores.setdefault(episodes[key].task_id, _Store()).episodes.append(episodes[key])
         self.counters = BufferCounters(**state["counters"])
 

@@ -9,20 +9,16 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from vlarl_ray.algorithms.base import LossRows, LossTerms, Normalizers, Stateless
+from vlarl_ray.algorithms.base import LossRows, LossTerms, Normalizers
 from vlarl_ray.algorithms.batch import build_batch, flatten_groups
-from vlarl_ray.algorithms.policy_loss import count_normalizers, policy_terms
-from vlarl_ray.config import AlgorithmConfig
+from vlarl_ray.algorithms.policy_loss import PolicyGradient, policy_terms
 from vlarl_ray.types import Scores, TrainBatch, TrajectoryGroup
 
 
-class GroupRelative(Stateless, ABC):
+class GroupRelative(PolicyGradient, ABC):
     """What RLOO and GRPO share: every decision of an episode has the episode's advantage; no values, no discount."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprobs"})
-
-    def __init__(self, cfg: AlgorithmConfig) -> None:
-        self.cfg = cfg
 
     @abstractmethod
     def advantages(self, returns: Float[np.ndarray, " G"]) -> Float[np.ndarray, " G"]:
@@ -31,16 +27,6 @@ class GroupRelative(Stateless, ABC):
         Raises:
             ValueError: If there are fewer than two.
         """
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether a KL penalty is on."""
-        return self.cfg.kl_coef > 0
-
-    @property
-    def has_entropy_bonus(self) -> bool:
-        """Whether an entropy bonus is on."""
-        return self.cfg.entropy_coef > 0
 
     def make_batch(self, groups: Sequence[TrajectoryGroup], scores: Sequence[Scores], *, version: int) -> TrainBatch:
         """Compare episodes within `algorithm.baseline_scope`; one row per decision."""
@@ -58,10 +44,6 @@ class GroupRelative(Stateless, ABC):
             normalize=self.cfg.normalize_advantages is True,
             version=version,
         )
-
-    def normalizers(self, batch: TrainBatch, rows: np.ndarray) -> Normalizers:
-        """Count what the minibatch made of `rows` is averaged over."""
-        return count_normalizers(batch, rows, self.cfg.ratio_level)
 
     def loss(self, rows: LossRows, normalizers: Normalizers) -> LossTerms:
         """Compute this share of the policy loss; there is no value loss."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vlarl_ray.algorithms.base import LossRows, Normalizers
+from vlarl_ray.algorithms.base import LossRows, Normalizers, Stateless
 from vlarl_ray.algorithms.losses import (
     RatioLevel,
     approx_kl,
@@ -22,6 +22,27 @@ from vlarl_ray.algorithms.losses import (
 )
 from vlarl_ray.config import AlgorithmConfig
 from vlarl_ray.types import TrainBatch
+
+
+class PolicyGradient(Stateless):
+    """What algorithms that train on `policy_terms` read off their config."""
+
+    def __init__(self, cfg: AlgorithmConfig) -> None:
+        self.cfg = cfg
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a KL penalty is on."""
+        return self.cfg.kl_coef > 0
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether an entropy bonus is on."""
+        return self.cfg.entropy_coef > 0
+
+    def normalizers(self, batch: TrainBatch, rows: np.ndarray) -> Normalizers:
+        """Count what the minibatch made of `rows` is averaged over."""
+        return count_normalizers(batch, rows, self.cfg.ratio_level)
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,14 @@ from typing import ClassVar
 import numpy as np
 
 from vlarl_ray.algorithms.advantages import chunk_rewards, gae
-from vlarl_ray.algorithms.base import LossRows, LossTerms, Normalizers, Stateless
+from vlarl_ray.algorithms.base import LossRows, LossTerms, Normalizers
 from vlarl_ray.algorithms.batch import build_batch, flatten_groups
 from vlarl_ray.algorithms.losses import value_loss
-from vlarl_ray.algorithms.policy_loss import count_normalizers, policy_terms
-from vlarl_ray.config import AlgorithmConfig
+from vlarl_ray.algorithms.policy_loss import PolicyGradient, policy_terms
 from vlarl_ray.types import Scores, TrainBatch, Trajectory, TrajectoryGroup
 
 
-class PPO(Stateless):
+class PPO(PolicyGradient):
     """PPO with a learned critic; groups play no role, every episode stands for itself.
 
     Source:
@@ -24,19 +23,6 @@ class PPO(Stateless):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"values"})
-
-    def __init__(self, cfg: AlgorithmConfig) -> None:
-        self.cfg = cfg
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether a KL penalty is on."""
-        return self.cfg.kl_coef > 0
-
-    @property
-    def has_entropy_bonus(self) -> bool:
-        """Whether an entropy bonus is on."""
-        return self.cfg.entropy_coef > 0
 
     def make_batch(self, groups: Sequence[TrajectoryGroup], scores: Sequence[Scores], *, version: int) -> TrainBatch:
         """Compute advantages and value targets, one row per decision. `scores` holds one entry per trajectory."""
@@ -52,10 +38,6 @@ class PPO(Stateless):
             normalize=self.cfg.normalize_advantages is not False,
             version=version,
         )
-
-    def normalizers(self, batch: TrainBatch, rows: np.ndarray) -> Normalizers:
-        """Count what the minibatch made of `rows` is averaged over."""
-        return count_normalizers(batch, rows, self.cfg.ratio_level)
 
     def loss(self, rows: LossRows, normalizers: Normalizers) -> LossTerms:
         """Compute this share of policy and value loss."""
