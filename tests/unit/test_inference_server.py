@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from vlarl_ray.inference.base import DirectClient, InferenceServer, LoadReport, WrongVersionError, split_reply
+from vlarl_ray.inference.base import (
+    DirectClient,
+    InferenceServer,
+    LoadReport,
+    WrongVersionError,
+    merge_requests,
+    split_reply,
+    split_request,
+)
+from vlarl_ray.remote.actors import RemoteClient
 from vlarl_ray.types import ActReply, ActRequest
 from vlarl_ray.weights.update import WeightUpdate
 
@@ -132,3 +143,33 @@ def test_an_error_of_the_engine_reaches_every_caller_of_the_batch_and_the_server
 def test_the_cpu_time_of_a_batch_is_shared_by_rows():
     reply = ActReply(np.zeros((5, 1, 1), np.float32), np.zeros((5, 1), np.int32), np.zeros((5, 1), np.float32), 0, 1.0)
     assert [part.inference_cpu_s for part in split_reply(reply, [1, 1, 3])] == pytest.approx([0.2, 0.2, 0.6])
+
+
+def test_a_request_split_and_merged_is_the_same_request():
+    whole = make_request(5, 7, version=3, temperature=1.6, lag=1)
+    parts = split_request(whole, 3)
+    assert [len(part) for part in parts] == [3, 3, 1]
+    merged = merge_requests(parts)
+    assert np.array_equal(merged.noise_keys, whole.noise_keys)
+    assert merged.images.shape == whole.images.shape
+    assert merged.proprio.shape == whole.proprio.shape
+    assert merged.instructions == whole.instructions
+    assert (merged.temperature, merged.policy_version, merged.max_policy_lag) == (1.6, 3, 1)
+
+
+@pytest.mark.parametrize(("side", "rows"), [(64, [7, 7, 1]), (100, [3, 3, 3, 3, 3]), (224, [15])])
+def test_frames_travel_with_the_call_where_they_can(side, rows):
+    """An argument over 100 KiB goes through the object store; where one row is larger, splitting would not help."""
+    sent = []
+
+    class Handle:
+        class act:  # noqa: N801 - stands for a method of an actor handle
+            @staticmethod
+            def remote(*parts):
+                sent.extend(parts)
+                return SimpleNamespace(future=Future)
+
+    whole = make_request(0, 15)
+    RemoteClient(Handle).act(replace(whole, images=np.zeros((15, 1, side, side, 3), np.uint8)))
+    assert [len(part) for part in sent] == rows
+    assert all(part.images.nbytes < 100 * 1024 for part in sent) or side == 224

@@ -107,6 +107,20 @@ def merge_requests(requests: Sequence[ActRequest]) -> ActRequest:
     )
 
 
+def split_request(request: ActRequest, max_rows: int) -> list[ActRequest]:
+    """Undo `merge_requests`: the same rows in requests of at most `max_rows`."""
+    return [
+        replace(
+            request,
+            images=request.images[lo : lo + max_rows],
+            proprio=request.proprio[lo : lo + max_rows],
+            instructions=request.instructions[lo : lo + max_rows],
+            noise_keys=request.noise_keys[lo : lo + max_rows],
+        )
+        for lo in range(0, len(request), max_rows)
+    ]
+
+
 def split_reply(reply: ActReply, sizes: Sequence[int]) -> list[ActReply]:
     """Undo `merge_requests` on the reply; CPU time is shared by rows."""
     bounds = np.cumsum([0, *sizes])

@@ -21,10 +21,15 @@ import numpy as np
 import ray
 
 from vlarl_ray.config import ExperimentConfig
+from vlarl_ray.inference.base import InferenceServer, merge_requests, split_request
 from vlarl_ray.types import ActReply, ActRequest, FrameRef, TaskSpec, TrainBatch, Trajectory
 from vlarl_ray.weights.update import WeightUpdate
 
 _LOG = logging.getLogger(__name__)
+
+_INLINE_BYTES = 90_000
+"""Bytes of frames in one argument of a call. Ray sends arguments of up to 100 KiB each with the call itself; a larger one
+goes through the object store, which costs more CPU time than the rest of the call."""
 
 
 class RemoteClient:
@@ -35,7 +40,9 @@ class RemoteClient:
 
     def act(self, request: ActRequest) -> Future[ActReply]:
         """Send a request; Ray resolves the future from a thread of its own."""
-        return self._server.act.remote(request).future()
+        rows = _INLINE_BYTES // request.images[0].nbytes
+        parts = split_request(request, rows) if rows else [request]
+        return self._server.act.remote(*parts).future()
 
 
 class EnvWorkerActor:
@@ -128,7 +135,6 @@ class InferenceServerActor:
     def __init__(self, cfg: ExperimentConfig, policy_dir: str) -> None:
         import torch
 
-        from vlarl_ray.inference.base import InferenceServer
         from vlarl_ray.registry import ENGINES, resolve
 
         torch.set_num_threads(cfg.inference.num_threads)
@@ -143,9 +149,9 @@ class InferenceServerActor:
             engine, batch_size=cfg.inference.batch_size, batch_window_ms=cfg.inference.batch_window_ms
         )
 
-    def act(self, request: ActRequest) -> ActReply:
-        """Answer one worker's half."""
-        return self._server.act(request).result()
+    def act(self, *parts: ActRequest) -> ActReply:
+        """Answer one worker's half, which may come in parts."""
+        return self._server.act(merge_requests(parts)).result()
 
     def load(self, update: WeightUpdate) -> Any:
         """Merge new weights; returns a `LoadReport`."""
