@@ -50,7 +50,7 @@ class BareLoop:
             num_rows = sum(len(rows.advantages) for rows in passes)
             for rows in passes:
                 output = self._model(rows.inputs, rows.tokens)
-                logprobs = torch.log_softmax(output.logits, -1)
+                logprobs = torch.log_softmax(output.actions.logits, -1)
                 columns = rows.tokens - self._model.first_action_token
                 log_ratio = (logprobs.gather(-1, columns[..., None]).squeeze(-1) - rows.old_logprobs) * rows.token_mask
                 ratio = log_ratio.unflatten(1, (self._model.chunk_length, -1)).sum(-1).exp()

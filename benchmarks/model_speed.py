@@ -59,7 +59,7 @@ def operators(function, batch):
 
 def training_pass(model, inputs, tokens):
     output = model(inputs, tokens)
-    logprobs = action_logprobs(output.logits, tokens - model.first_action_token, temperature=1.0)
+    logprobs = action_logprobs(output.actions.logits, tokens - model.first_action_token, temperature=1.0)
     (logprobs.mean() + output.values.square().mean()).backward()
     model.zero_grad(set_to_none=True)
 
@@ -74,10 +74,10 @@ def main():
     rate = 2 * 1024**3 / best(lambda: square @ square, args.rounds, 5)
     model = new_policy(ModelConfig(), INSTRUCTIONS, 0)
     server, rank = inputs_of(model, 12), inputs_of(model, 128)
-    tokens = model.sample(rank, temperature=0.0, gumbel=None)[0]
+    tokens = model.sample(rank, temperature=0.0, noise=None)[0]
 
     def act():
-        return model.sample(server, temperature=0.0, gumbel=None)
+        return model.sample(server, temperature=0.0, noise=None)
 
     def learn():
         return training_pass(model, rank, tokens)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlarl_ray.config import AlgorithmConfig, LearnerConfig, LoraConfig, ModelConfig, TowerConfig
 from vlarl_ray.models.action_tokens import action_logprobs
 from vlarl_ray.models.base import PolicyInputs, PolicyOutput, VLAModel
+from vlarl_ray.models.distributions import TokenDistribution, standard_noise
 from vlarl_ray.models.lora import CRITIC, adapters_disabled, attach_lora, use_adapter
 from vlarl_ray.models.policy import new_policy
 from vlarl_ray.types import TaskSpec, Trajectory, TrajectoryGroup
@@ -56,7 +57,9 @@ class TinyVLA(VLAModel):
             with use_adapter(self, CRITIC):
                 hidden = self._hidden(inputs)
         hidden = hidden.detach() if self.detach_value else hidden
-        return PolicyOutput(logits, self.value_head(hidden.float()).squeeze(-1))
+        return PolicyOutput(
+            TokenDistribution(logits, self.first_action_token), self.value_head(hidden.float()).squeeze(-1)
+        )
 
     def _hidden(self, inputs: PolicyInputs) -> Tensor:
         dtype = self.queries.dtype
@@ -68,9 +71,12 @@ class TinyVLA(VLAModel):
             hidden = hidden + torch.tanh(layer(hidden))
         return hidden
 
-    def sample(self, inputs: PolicyInputs, *, temperature: float, gumbel: Tensor | None) -> tuple[Tensor, Tensor]:
-        logits = self(inputs).logits
-        scaled = logits / temperature + gumbel if temperature > 0 else logits
+    def draw_noise(self, keys: np.ndarray) -> Tensor:
+        return torch.from_numpy(standard_noise("tokens", keys, (self.num_action_tokens, NUM_BINS)))
+
+    def sample(self, inputs: PolicyInputs, *, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = self(inputs).actions.logits
+        scaled = logits / temperature + noise if temperature > 0 else logits
         columns = scaled.argmax(-1)
         return columns + self.first_action_token, action_logprobs(logits, columns, temperature=temperature)
 
@@ -180,7 +186,7 @@ def make_trajectories(
         with torch.no_grad():
             taken = torch.from_numpy(tokens.astype(np.int64))
             columns = taken - model.first_action_token
-            logprobs = action_logprobs(model(inputs, taken).logits, columns, temperature=temperature).numpy()
+            logprobs = action_logprobs(model(inputs, taken).actions.logits, columns, temperature=temperature).numpy()
         trajectories.append(
             Trajectory(
                 task=make_task(slot=slot, instruction=instruction, temperature=temperature),

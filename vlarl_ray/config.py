@@ -76,7 +76,7 @@ class ModelConfig:
 
     architecture: str = "openvla"
     """Registered model name, or `my_package.my_model:MyModel`."""
-    image_size: Annotated[int, Field(ge=16)] = 64
+    image_size: Annotated[int, Field(ge=8)] = 64
     """Side the model expects; frames of another size are resized."""
     patch_size: Positive = 8
     """Side of a vision patch, pixels."""
@@ -100,12 +100,18 @@ class ModelConfig:
     """Text ids of the tokenizer; action bins follow them, then one padding id, then rows up to `pad_to_multiple_of`."""
     pad_to_multiple_of: Positive = 64
     """The embedding matrix is rounded up to a multiple of this."""
+    action_head: Literal["tokens", "gaussian", "laplace", "l1"] = "tokens"
+    """Actions as tokens, or as continuous numbers (pixel_mlp); `l1` has no spread, and no likelihood to train by RL."""
+    log_scale_range: tuple[float, float] = (-5.0, 2.0)
+    """Least and largest log-scale of `gaussian` and `laplace`, in sampler and scorer alike; RIPT-VLA's is -2, 0.5."""
     num_action_bins: Annotated[int, Field(ge=2)] = 256
     """Bins per action dimension, at the end of the tokenizer's vocabulary."""
     action_dim: Positive = 4
     """Action dimensions D."""
     chunk_length: Positive = 5
     """Env steps K per decision."""
+    proprio_dim: NonNegative = 0
+    """Proprioception dimensions the model reads (pixel_mlp); 0 reads none."""
     decoding: Literal["autoregressive", "parallel"] = "parallel"
     """`parallel` predicts all K*D tokens in one pass from learned query embeddings."""
     max_prompt_tokens: Positive = 13
@@ -348,6 +354,8 @@ class LearnerConfig:
     """Value head on the policy's backbone, or on the same frozen base with adapters of its own."""
     detach_value: bool = False
     """Stop value gradients at the backbone."""
+    train_scale_head: bool = True
+    """Train the spread of continuous actions; RIPT-VLA keeps it as it is."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute precision; log-probabilities and losses are fp32 always."""
     num_threads: Positive = 1

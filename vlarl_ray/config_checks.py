@@ -161,6 +161,15 @@ def _model(cfg: ExperimentConfig) -> Iterator[Problem]:
         yield Problem(
             fields, f"model.hidden_size = {model.hidden_size} / model.num_heads = {model.num_heads} {advice}."
         )
+    low, high = model.log_scale_range
+    if low >= high:
+        advice = "must rise; give the least, then the largest"
+        yield Problem(("model.log_scale_range",), f"model.log_scale_range = [{low:g}, {high:g}]: {advice}.")
+    if model.architecture == "openvla":
+        for path, only in (("model.action_head", "tokens"), ("model.proprio_dim", 0)):
+            if value_at(cfg, path) != only:
+                advice = f"openvla acts in tokens and reads frames and prompt; set {path} to {only}"
+                yield Problem((path, "model.architecture"), f"{path} = {value_at(cfg, path)}: {advice}.")
     if model.chunk_length > cfg.env.max_env_steps:
         fields = ("model.chunk_length", "env.max_env_steps")
         advice = f"a chunk is longer than an episode, env.max_env_steps = {cfg.env.max_env_steps}; shorten the chunk"

@@ -64,7 +64,7 @@ def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
     cfg = with_policys_model(cfg)
     suite = make_suite(cfg.env)
     if inline or cfg.policy is None:
-        check_simulator(suite)
+        check_simulator(cfg, suite)
     start = time.perf_counter()
     with ExitStack() as stack:
         if not inline:
@@ -100,7 +100,7 @@ def run_collect(cfg: ExperimentConfig) -> int:
     from vlarl_ray.warm_start import demonstrations
 
     suite = make_suite(cfg.env)
-    check_simulator(suite)
+    check_simulator(cfg, suite)
     demos = demonstrations(cfg, suite, prepare_run_dir(cfg))
     _LOG.info("%d demonstrations, %d env steps", len(demos), sum(len(demo.actions) for demo in demos))
     return 0
@@ -109,7 +109,7 @@ def run_collect(cfg: ExperimentConfig) -> int:
 def run_sft(cfg: ExperimentConfig) -> int:
     """Collect demonstrations and fine-tune a policy on them, into the run folder."""
     suite = make_suite(cfg.env)
-    check_simulator(suite)
+    check_simulator(cfg, suite)
     run_dir = prepare_run_dir(cfg)
     policy_dir, _ = warm_start(cfg, suite, run_dir)
     _LOG.info("policy: %s", policy_dir)
@@ -140,13 +140,25 @@ def run_evaluate(cfg: ExperimentConfig, policy: str) -> int:
     return 0
 
 
-def check_simulator(suite: Suite) -> None:
-    """Build one simulator and close it, so that a machine which cannot simulate is noticed before anything is written.
+def check_simulator(cfg: ExperimentConfig, suite: Suite) -> None:
+    """Build one simulator and close it, so that what does not fit is noticed before anything is written.
 
     Raises:
-        ValueError: From the suite, saying what is missing (for example `GLUnavailableError`).
+        ValueError: From the suite, saying what this machine lacks (for example `GLUnavailableError`).
+        ConfigError: If the model's dimensions are not the simulator's.
     """
-    suite.make_env().close()
+    env = suite.make_env()
+    env.close()
+    has = f"the simulators of {cfg.env.suite} have"
+    problems = []
+    if cfg.model.action_dim != env.action_dim:
+        advice = f"{has} {env.action_dim} action dimensions; set model.action_dim to that"
+        problems.append(f"model.action_dim = {cfg.model.action_dim}: {advice}.")
+    if cfg.model.proprio_dim not in (0, env.proprio_dim):
+        advice = f"{has} {env.proprio_dim} proprioception dimensions; set model.proprio_dim to that, or to 0"
+        problems.append(f"model.proprio_dim = {cfg.model.proprio_dim}: {advice}.")
+    if problems:
+        raise ConfigError(problems)
 
 
 def prepare_run_dir(cfg: ExperimentConfig, *, is_training: bool = False) -> Path:
@@ -275,7 +287,7 @@ def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack)
 def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder: RunRecorder | None) -> Any:
     """Connect the components; the result is what `train` and `evaluate` work on."""
     from vlarl_ray.learner.group import LearnerGroup
-    from vlarl_ray.registry import ALGORITHMS, resolve
+    from vlarl_ray.registry import ALGORITHMS, MODELS, resolve
     from vlarl_ray.train import System
     from vlarl_ray.weights.canary import make_probe
     from vlarl_ray.weights.publisher import WeightPublisher
@@ -284,13 +296,15 @@ def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder
     ledger = RolloutLedger(where.pool, max_attempts=cfg.rollout.max_attempts)
     if recorder is not None:
         recorder.counters = ledger.counters
+    model, architecture = cfg.model, resolve(MODELS, cfg.model.architecture, what="model.architecture")
     probe = make_probe(
         [suite.instruction(task_id) for task_id in suite.task_ids],
         image_shape=(1, cfg.env.image_size, cfg.env.image_size, 3),
         proprio_dim=suite.proprio_dim,
-        first_token=cfg.model.text_vocab_size,
-        num_bins=cfg.model.num_action_bins,
-        num_tokens=cfg.model.chunk_length * cfg.model.action_dim,
+        token_ids=range(model.text_vocab_size, model.text_vocab_size + model.num_action_bins)
+        if model.action_head == "tokens"
+        else None,
+        num_tokens=model.chunk_length * model.action_dim * architecture.samples_per_number,
         seed=cfg.seed,
     )
     publisher = WeightPublisher(

@@ -15,13 +15,13 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from vlarl_ray.config import SFTConfig
 from vlarl_ray.demos.store import chunks
 from vlarl_ray.models.base import PolicyInputs, VLAModel
+from vlarl_ray.models.distributions import ActionDistribution, Samples
 
 _LOG_EVERY_STEPS = 100
 _WARM_UP_FRACTION = 0.1
@@ -59,7 +59,7 @@ class ChunkDataset:
     """One row per env step of all demonstrations: what is seen there and the chunk of actions that starts there."""
 
     inputs: PolicyInputs
-    tokens: Int64[Tensor, "M L"]
+    tokens: Samples
     mask: Bool[Tensor, "M L"]
     """False where the chunk reaches past the end of its demonstration."""
 
@@ -76,6 +76,7 @@ class ChunkDataset:
         if not demonstrations:
             raise ValueError("there are no demonstrations to fine-tune on; collect some, or check demos.path.")
         tokens, masks = [], []
+        per_step = model.num_action_tokens // model.chunk_length
         for demonstration in demonstrations:
             if demonstration.actions.shape[1] != model.action_dim:
                 raise ValueError(
@@ -84,7 +85,7 @@ class ChunkDataset:
                 )
             actions, executed = chunks(demonstration.actions, model.chunk_length)
             tokens.append(model.encode_actions(torch.from_numpy(actions)))
-            masks.append(torch.from_numpy(executed).repeat_interleave(model.action_dim, dim=1))
+            masks.append(torch.from_numpy(executed).repeat_interleave(per_step, dim=1))
         ids, lengths = model.encode_prompts([demonstration.instruction for demonstration in demonstrations])
         owner = torch.repeat_interleave(torch.tensor([len(demonstration.actions) for demonstration in demonstrations]))
         frames = np.concatenate(
@@ -125,13 +126,13 @@ def learning_rate(step: int, cfg: SFTConfig) -> float:
     return cfg.learning_rate * (_FINAL_FRACTION + (1 - _FINAL_FRACTION) * cosine)
 
 
-def token_loss(
-    logits: Float[Tensor, "B L N"], columns: Int64[Tensor, "B L"], mask: Bool[Tensor, "B L"]
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the unmasked action tokens, nats; masked ones get no gradient."""
-    losses = F.cross_entropy(logits.flatten(0, 1), columns.flatten(), reduction="none")
-    weights = mask.flatten().to(losses.dtype)
-    return (losses * weights).sum() / weights.sum()
+def imitation_loss(actions: ActionDistribution, samples: Samples, mask: Bool[Tensor, "B L"]) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood of the unmasked numbers, nats; masked ones get no gradient."""
+    return _masked_mean(-actions.log_prob(samples, temperature=1.0), mask)
+
+
+def _masked_mean(values: Float[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, ""]:
+    return torch.where(mask, values, 0.0).sum() / mask.sum()
 
 
 def run_sft(
@@ -143,7 +144,7 @@ def run_sft(
     seed: int,
     log: Callable[[str], object] | None = None,
 ) -> dict[str, float]:
-    """Fine-tune everything but the value head, in place.
+    """Fine-tune everything but the value head, in place, on the negative log-likelihood of the demonstrated actions.
 
     Args:
         model: Model to train.
@@ -154,7 +155,7 @@ def run_sft(
         log: Is given a line of progress now and then.
 
     Returns:
-        `sft/loss` and `sft/token_accuracy` (means over the last steps), `sft/steps`, `sft/steps_per_s`, `sft/seconds`.
+        `sft/loss` and `sft/mode_error` (means over the last steps), `sft/steps`, `sft/steps_per_s`, `sft/seconds`.
 
     Raises:
         ValueError: If there are no demonstrations, or they don't fit the model.
@@ -172,12 +173,12 @@ def run_sft(
             if step >= cfg.num_steps and past_time:
                 break
             optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-            loss, accuracy = _train_step(model, data, rows, cfg, generator)
+            loss, error = _train_step(model, data, rows, cfg, generator)
             torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            window.add(loss, accuracy)
+            window.add(loss, error)
             if log is not None and (step % _LOG_EVERY_STEPS == 0 or step == cfg.num_steps):
                 log(f"fine-tuning step {step}/{cfg.num_steps}: {window.describe()}, {time.monotonic() - start:.0f} s")
     seconds = time.monotonic() - start
@@ -204,19 +205,19 @@ class _Window:
 
     def __init__(self) -> None:
         self._losses: list[float] = []
-        self._accuracies: list[float] = []
+        self._errors: list[float] = []
 
-    def add(self, loss: float, accuracy: float) -> None:
+    def add(self, loss: float, error: float) -> None:
         self._losses = [*self._losses, loss][-_LOG_EVERY_STEPS:]
-        self._accuracies = [*self._accuracies, accuracy][-_LOG_EVERY_STEPS:]
+        self._errors = [*self._errors, error][-_LOG_EVERY_STEPS:]
 
     def means(self) -> dict[str, float]:
         if not self._losses:
             return {}
-        return {"sft/loss": float(np.mean(self._losses)), "sft/token_accuracy": float(np.mean(self._accuracies))}
+        return {"sft/loss": float(np.mean(self._losses)), "sft/mode_error": float(np.mean(self._errors))}
 
     def describe(self) -> str:
-        return f"loss {np.mean(self._losses):.3f}, token accuracy {np.mean(self._accuracies):.3f}"
+        return f"loss {np.mean(self._losses):.3f}, error of the most likely action {np.mean(self._errors):.3f}"
 
 
 def _train_step(
@@ -227,12 +228,11 @@ def _train_step(
         augment(inputs.images, cfg, generator), inputs.prompt_ids, inputs.prompt_lengths, inputs.proprio
     )
     tokens, mask = data.tokens[rows], data.mask[rows]
-    columns = tokens - model.first_action_token
-    logits = model(inputs, tokens).logits
-    loss = token_loss(logits, columns, mask)
+    actions = model(inputs, tokens).actions
+    loss = imitation_loss(actions, tokens, mask)
     loss.backward()
-    hits = (logits.detach().argmax(-1) == columns)[mask]
-    return float(loss.detach()), float(hits.float().mean())
+    with torch.no_grad():
+        return float(loss), float(_masked_mean(actions.mode_error(tokens), mask))
 
 
 def _batches(num_rows: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -94,10 +94,11 @@ class ActionChunk:
 
     actions: Float32[np.ndarray, "K D"]
     """In env units."""
-    tokens: Int32[np.ndarray, " L"]
-    """Vocabulary ids of the action tokens, step-major (K*D)."""
+    tokens: Int32[np.ndarray, " L"] | Float32[np.ndarray, " L"]
+    """What was drawn, step-major (K*D): vocabulary ids of action tokens or, of a policy with a continuous head, numbers
+    in normalised action units before any clipping."""
     logprobs: Float32[np.ndarray, " L"]
-    """Of the sampled tokens under the masked, tempered distribution they were drawn from."""
+    """Of the drawn tokens or numbers, under the distribution they were drawn from."""
     policy_version: int = -1
 
 
@@ -124,7 +125,8 @@ class ActReply:
     """Action chunks for the rows of one `ActRequest`, in its order."""
 
     actions: Float32[np.ndarray, "B K D"]
-    tokens: Int32[np.ndarray, "B L"]
+    tokens: Int32[np.ndarray, "B L"] | Float32[np.ndarray, "B L"]
+    """See `ActionChunk.tokens`."""
     logprobs: Float32[np.ndarray, "B L"]
     policy_version: int
     inference_cpu_s: float = 0.0
@@ -150,7 +152,8 @@ class Trajectory:
     frames: FrameRef
     """`u8[S+1, V, H, W, 3]`; entry S is the observation after the last executed env step."""
     proprio: Float32[np.ndarray, "S1 P"]
-    tokens: Int32[np.ndarray, "S L"]
+    tokens: Int32[np.ndarray, "S L"] | Float32[np.ndarray, "S L"]
+    """See `ActionChunk.tokens`."""
     behaviour_logprobs: Float32[np.ndarray, "S L"]
     policy_versions: Int32[np.ndarray, " S"]
     rewards: Float32[np.ndarray, "S K"]
@@ -293,7 +296,8 @@ class TrainBatch:
     trajectory_index: Int32[np.ndarray, " B"]
     decision_index: Int32[np.ndarray, " B"]
     proprio: Float32[np.ndarray, "B P"]
-    action_tokens: Int32[np.ndarray, "B L"]
+    action_tokens: Int32[np.ndarray, "B L"] | Float32[np.ndarray, "B L"]
+    """See `ActionChunk.tokens`."""
     token_mask: Bool[np.ndarray, "B L"]
     """False for tokens of env steps that were never executed."""
     old_logprobs: Float32[np.ndarray, "B L"]

@@ -39,25 +39,25 @@ def test_every_registered_model_is_covered_here():
 def test_sampled_logprob_is_the_scored_logprob(build, temperature):
     model = build()
     inputs = observations(model)
-    tokens, sampled = model.sample(inputs, temperature=temperature, gumbel=noise(model))
+    tokens, sampled = model.sample(inputs, temperature=temperature, noise=noise(model))
     columns = tokens - model.first_action_token
-    scored = action_logprobs(model(inputs, tokens).logits, columns, temperature=temperature)
+    scored = action_logprobs(model(inputs, tokens).actions.logits, columns, temperature=temperature)
     torch.testing.assert_close(sampled, scored, rtol=0, atol=1e-4)
 
 
 def test_output_has_one_value_per_row_and_logits_per_action_token(build):
     model = build()
     inputs = observations(model, 4)
-    tokens, _ = model.sample(inputs, temperature=0.0, gumbel=None)
+    tokens, _ = model.sample(inputs, temperature=0.0, noise=None)
     output = model(inputs, tokens)
     assert output.values.shape == (4,)
-    assert output.logits.shape[:2] == (4, model.num_action_tokens) == (4, model.chunk_length * model.action_dim)
-    assert output.values.dtype == output.logits.dtype == torch.float32
+    assert output.actions.logits.shape[:2] == (4, model.num_action_tokens) == (4, model.chunk_length * model.action_dim)
+    assert output.values.dtype == output.actions.logits.dtype == torch.float32
 
 
 def test_actions_round_trip_within_half_a_bin(build):
     model = build()
-    tokens, _ = model.sample(observations(model), temperature=1.0, gumbel=noise(model))
+    tokens, _ = model.sample(observations(model), temperature=1.0, noise=noise(model))
     actions = model.decode_actions(tokens)
     assert actions.shape == (3, model.chunk_length, model.action_dim)
     assert (model.decode_actions(model.encode_actions(actions)) - actions).abs().max() < 1e-6
@@ -74,7 +74,7 @@ def test_prompts_have_one_fixed_length(build):
 def test_value_changes_with_image_and_prompt_but_not_with_padding(build):
     model = build()
     inputs = observations(model)
-    tokens, _ = model.sample(inputs, temperature=0.0, gumbel=None)
+    tokens, _ = model.sample(inputs, temperature=0.0, noise=None)
     values = model(inputs, tokens).values
     other_images = dataclasses.replace(inputs, images=255 - inputs.images)
     assert ((model(other_images, tokens).values - values).abs() > 1e-4).all()
@@ -101,14 +101,14 @@ def test_reference_policy_is_the_model_before_adapters(build):
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.add_(0.05)
-    assert (model(inputs).logits - before.logits).abs().max() > 1e-3
+    assert (model(inputs).actions.logits - before.actions.logits).abs().max() > 1e-3
     with model.adapters_disabled():
-        assert torch.equal(model(inputs).logits, before.logits)
+        assert torch.equal(model(inputs).actions.logits, before.actions.logits)
 
 
 def test_saved_model_is_the_same_model(build, tmp_path):
     model = build()
     model.save(tmp_path)
     inputs = observations(model)
-    assert torch.equal(load_model(tmp_path)(inputs).logits, model(inputs).logits)
+    assert torch.equal(load_model(tmp_path)(inputs).actions.logits, model(inputs).actions.logits)
     assert load_model(tmp_path).model_config == model.model_config

@@ -166,6 +166,30 @@ def test_self_cloning_starts_from_the_demonstrations_and_admits_successes(tmp_pa
     assert set(load_latest(str(tmp_path)).state["stored_episodes"]) <= stored
 
 
+@pytest.mark.parametrize(
+    ("policy", "algorithm"),
+    [("tokens", "ppo"), ("gaussian", "ppo"), ("gaussian", "rloo"), ("laplace", "chunk_ppo"), ("flow", "ppo")],
+)
+def test_one_trainer_runs_every_kind_of_policy_unchanged_f27(tmp_path, policy, algorithm):
+    cfg = toy_config(tmp_path, num_iterations=2)
+    architecture = "tests.flow_policy:FlowPolicy" if policy == "flow" else "pixel_mlp"
+    head = "l1" if policy == "flow" else policy
+    cfg = replace(
+        cfg,
+        env=replace(cfg.env, max_env_steps=48),
+        sft=replace(cfg.sft, num_steps=200),
+        model=replace(cfg.model, architecture=architecture, action_head=head, proprio_dim=2),
+        algorithm=replace(cfg.algorithm, name=algorithm, critic_warmup_updates=0),
+        rollout=replace(cfg.rollout, groups_per_update=24, group_size=1 if "ppo" in algorithm else 2),
+    )
+    assert run_training(cfg, inline=True, resume=False) == 0
+    for row in numbers(tmp_path):
+        assert row["learn/sampler_ratio_max_error"] <= 1e-4
+        assert row["canary/max_abs_logprob_diff"] <= 1e-4
+    assert max(row["learn/grad_norm_actor"] for row in numbers(tmp_path)) > 0
+    assert numbers(tmp_path)[-1]["version"] == 2
+
+
 def test_full_training_publishes_everything(finished_run, tmp_path):
     learner = replace(toy_config(tmp_path).learner, train="full")
     run_training(from_policy(finished_run, tmp_path, learner=learner), inline=True, resume=False)

@@ -118,7 +118,7 @@ def test_teacher_forced_logits_are_the_references_whatever_the_padding(golden, i
     tokens = golden.outputs[f"prompt{index}_action_tokens"][None]
     inputs = golden.prompt(index, length=golden.prompt(index).prompt_ids.shape[1] + extra_padding)
     with torch.no_grad():
-        logits = model(inputs, tokens).logits
+        logits = model(inputs, tokens).actions.logits
     expected = golden.outputs[f"prompt{index}_action_logits_window"][:, :256]
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=TOLERANCE)
 
@@ -127,7 +127,7 @@ def test_teacher_forced_logits_are_the_references_whatever_the_padding(golden, i
 def test_greedy_tokens_and_actions_are_the_references(golden, index):
     key = golden.meta["unnorm_keys"][index]
     model = _with_pixels(golden.model(key=key), golden.inputs["pixel_values"][index : index + 1])
-    tokens, _ = model.sample(golden.prompt(index), temperature=0.0, gumbel=None)
+    tokens, _ = model.sample(golden.prompt(index), temperature=0.0, noise=None)
     assert tokens[0].tolist() == golden.outputs[f"prompt{index}_action_tokens"].tolist()
     actions = model.decode_actions(tokens)[0, 0].double()
     torch.testing.assert_close(actions, golden.outputs[f"prompt{index}_actions"], rtol=0, atol=1e-6)
@@ -139,7 +139,7 @@ def test_masked_logprobs_are_the_references_renormalised_over_the_action_bins(go
     window = golden.outputs["prompt0_action_logits_window"][:, :256].double()
     columns = model.action_tokenizer.columns(tokens)
     with torch.no_grad():
-        ours = action_logprobs(model(golden.prompt(0), tokens).logits, columns, temperature=1.0)
+        ours = action_logprobs(model(golden.prompt(0), tokens).actions.logits, columns, temperature=1.0)
     expected = torch.log_softmax(window, -1).gather(1, columns.T).T
     torch.testing.assert_close(ours.double(), expected, rtol=0, atol=TOLERANCE)
 

@@ -67,7 +67,7 @@ def test_nan_never_passes():
 def test_the_probe_is_the_same_for_one_seed_and_holds_action_tokens_only():
     def probe(seed):
         return make_probe(
-            ["a", "b"], image_shape=(1, 8, 8, 3), proprio_dim=4, first_token=100, num_bins=16, num_tokens=6, seed=seed
+            ["a", "b"], image_shape=(1, 8, 8, 3), proprio_dim=4, token_ids=range(100, 116), num_tokens=6, seed=seed
         )
 
     first, again, other = probe(1), probe(1), probe(2)

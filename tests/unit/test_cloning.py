@@ -81,7 +81,7 @@ def test_f55_without_the_policy_gradient_an_update_is_a_step_of_supervised_fine_
     columns = torch.from_numpy(np.stack([episode.actions[k] for episode, k in drawn])).flatten(1).long()
     executed = torch.tensor([[s < e.num_env_steps[k] for s in range(model.chunk_length)] for e, k in drawn])
     mask = executed.repeat_interleave(model.action_dim, dim=1).flatten()
-    losses = functional.cross_entropy(model(inputs).logits.flatten(0, 1), columns.flatten(), reduction="none")
+    losses = functional.cross_entropy(model(inputs).actions.logits.flatten(0, 1), columns.flatten(), reduction="none")
     loss = losses[mask].mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters.values(), cfg.max_grad_norm)

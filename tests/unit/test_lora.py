@@ -42,7 +42,7 @@ def perturb(model, seed=5):
 
 def backward(model):
     output = model(observations(model))
-    (output.logits.square().mean() + output.values.square().sum()).backward()
+    (output.actions.logits.square().mean() + output.values.square().sum()).backward()
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -60,8 +60,8 @@ def test_only_adapters_and_value_head_get_gradients_f28(config):
 def test_a_new_adapter_changes_nothing_and_a_trained_one_does(config):
     inputs = observations(tiny())
     before, model = tiny()(inputs), attached(config)
-    torch.testing.assert_close(model(inputs).logits, before.logits, rtol=0, atol=1e-6)
-    assert (perturb(model)(inputs).logits - before.logits).abs().max() > 1e-2
+    torch.testing.assert_close(model(inputs).actions.logits, before.actions.logits, rtol=0, atol=1e-6)
+    assert (perturb(model)(inputs).actions.logits - before.actions.logits).abs().max() > 1e-2
 
 
 def test_disabled_adapters_give_the_model_before_training_to_the_bit_and_leave_gradients_alone_f28():
@@ -71,8 +71,8 @@ def test_disabled_adapters_give_the_model_before_training_to_the_bit_and_leave_g
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with model.adapters_disabled():
         reference = model(inputs)
-    assert torch.equal(reference.logits, before.logits)
-    assert torch.equal(model(inputs).logits, trained.logits)
+    assert torch.equal(reference.actions.logits, before.actions.logits)
+    assert torch.equal(model(inputs).actions.logits, trained.actions.logits)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
 
 
@@ -91,7 +91,7 @@ def test_merging_reproduces_the_adapted_model_and_leaves_the_base_untouched_f28(
     for name, (a, b) in adapter_tensors(model).items():
         tensors[name] = merged_weight(pristine[name], a, b, scale)
     merged.load_state_dict(tensors)
-    torch.testing.assert_close(merged(inputs).logits, model(inputs).logits, rtol=0, atol=5e-5)
+    torch.testing.assert_close(merged(inputs).actions.logits, model(inputs).actions.logits, rtol=0, atol=5e-5)
     base = {official_name(n): t for n, t in model.state_dict().items() if ".lora_" not in n}
     assert base.keys() == pristine.keys()
     assert all(torch.equal(base[name], pristine[name]) for name in pristine)
@@ -149,7 +149,7 @@ def test_a_separate_critic_has_its_own_adapters_and_neither_touches_the_other():
         for layer in lora_layers(model).values():
             layer.pair(CRITIC)[1].add_(0.1)
     moved = model(inputs)
-    assert torch.equal(moved.logits, output.logits)
+    assert torch.equal(moved.actions.logits, output.actions.logits)
     assert ((moved.values - output.values).abs() > 1e-4).all()
     moved.values.sum().backward()
     for layer in lora_layers(model).values():
@@ -160,7 +160,7 @@ def test_a_separate_critic_has_its_own_adapters_and_neither_touches_the_other():
         if layer.pair(CRITIC)[0].grad is not None
     )
     model.zero_grad()
-    model(inputs).logits.sum().backward()
+    model(inputs).actions.logits.sum().backward()
     assert all(layer.pair(CRITIC)[0].grad is None for layer in lora_layers(model).values())
 
 
@@ -199,7 +199,9 @@ def test_peft_reads_the_saved_adapter_and_computes_the_same(tmp_path):
     theirs = peft.PeftModel.from_pretrained(tiny(), str(tmp_path))
     inputs = observations(model)
     # Not through PeftModel.forward, which expects a Hugging Face signature.
-    torch.testing.assert_close(theirs.base_model.model(inputs).logits, model(inputs).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        theirs.base_model.model(inputs).actions.logits, model(inputs).actions.logits, rtol=0, atol=1e-5
+    )
 
 
 def test_an_adapter_round_trips_through_its_folder(tmp_path):
@@ -210,7 +212,7 @@ def test_an_adapter_round_trips_through_its_folder(tmp_path):
     assert heads.keys() == head_tensors(model).keys()
     load_adapter_tensors(other, adapters)
     inputs = observations(model)
-    assert torch.equal(other(inputs).logits, model(inputs).logits)
+    assert torch.equal(other(inputs).actions.logits, model(inputs).actions.logits)
 
 
 def test_adapters_of_another_shape_or_name_are_refused():

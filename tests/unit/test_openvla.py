@@ -15,8 +15,10 @@ DECODINGS = ["parallel", "autoregressive"]
 def test_sampled_logprobs_are_those_the_scorer_gives_f25(decoding, temperature):
     model = tiny(decoding=decoding)
     inputs = observations(model)
-    tokens, sampled = model.sample(inputs, temperature=temperature, gumbel=noise(model) if temperature else None)
-    scored = action_logprobs(model(inputs, tokens).logits, tokens - model.first_action_token, temperature=temperature)
+    tokens, sampled = model.sample(inputs, temperature=temperature, noise=noise(model) if temperature else None)
+    scored = action_logprobs(
+        model(inputs, tokens).actions.logits, tokens - model.first_action_token, temperature=temperature
+    )
     torch.testing.assert_close(sampled, scored, rtol=0, atol=1e-5)
 
 
@@ -25,13 +27,13 @@ def test_every_sampled_token_is_an_action_token_f20(decoding):
     model = tiny(decoding=decoding)
     inputs, drawn = observations(model, 64), []
     while sum(map(len, drawn)) < 10_000:
-        drawn.append(model.sample(inputs, temperature=3.0, gumbel=noise(model, 64, seed=len(drawn)))[0].flatten())
+        drawn.append(model.sample(inputs, temperature=3.0, noise=noise(model, 64, seed=len(drawn)))[0].flatten())
     tokens = torch.cat(drawn)
     assert model.first_action_token == 511
     assert tokens.min() >= 511
     assert tokens.max() <= 766
     assert len(tokens.unique()) > 200
-    assert model(inputs, tokens[: 64 * 6].view(64, 6)).logits.shape == (64, 6, 256)
+    assert model(inputs, tokens[: 64 * 6].view(64, 6)).actions.logits.shape == (64, 6, 256)
 
 
 def test_only_autoregressive_decoding_depends_on_earlier_tokens():
@@ -41,14 +43,14 @@ def test_only_autoregressive_decoding_depends_on_earlier_tokens():
         first = torch.full((1, 6), model.first_action_token)
         second = first.clone()
         second[0, 2] += 100
-        difference = (model(inputs, first).logits - model(inputs, second).logits).abs().amax(-1)[0]
+        difference = (model(inputs, first).actions.logits - model(inputs, second).actions.logits).abs().amax(-1)[0]
         assert (difference[:3] == 0).all()
         assert (difference[3:] > 1e-3).all() == (decoding == "autoregressive")
 
 
 def test_parallel_logits_differ_between_action_positions():
     model = tiny()
-    logits = model(observations(model, 1)).logits[0]
+    logits = model(observations(model, 1)).actions.logits[0]
     assert (logits[1:] - logits[:-1]).abs().amax(-1).min() > 1e-3
 
 
@@ -67,9 +69,9 @@ def test_extra_right_padding_changes_nothing_f30(decoding):
     longer = dataclasses.replace(inputs, prompt_ids=torch.cat([inputs.prompt_ids, padding], 1))
     first, second = model(inputs, tokens), model(longer, tokens)
     torch.testing.assert_close(first.values, second.values, rtol=0, atol=1e-5)
-    torch.testing.assert_close(first.logits, second.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(first.actions.logits, second.actions.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(
-        model.sample(inputs, temperature=0.0, gumbel=None)[0], model.sample(longer, temperature=0.0, gumbel=None)[0]
+        model.sample(inputs, temperature=0.0, noise=None)[0], model.sample(longer, temperature=0.0, noise=None)[0]
     )
 
 
@@ -109,14 +111,14 @@ def test_bfloat16_logprobs_are_close_and_values_stay_fp32_f29(steepness, largest
     with torch.no_grad():
         model.language_model.lm_head.weight.mul_(steepness)
     inputs = observations(model, 16)
-    tokens, exact = model.sample(inputs, temperature=1.0, gumbel=noise(model, 16))
+    tokens, exact = model.sample(inputs, temperature=1.0, noise=noise(model, 16))
     for name, module in model.named_children():
         if name != "value_head":
             module.to(DTYPES["bfloat16"])
     model.action_queries.data = model.action_queries.data.bfloat16()
     output = model(inputs)
-    assert output.values.dtype == output.logits.dtype == torch.float32
-    rounded = action_logprobs(output.logits, tokens - model.first_action_token, temperature=1.0)
+    assert output.values.dtype == output.actions.logits.dtype == torch.float32
+    rounded = action_logprobs(output.actions.logits, tokens - model.first_action_token, temperature=1.0)
     assert 1e-6 < (rounded - exact).abs().max() < largest
     assert (rounded - exact).abs().mean() < mean
 
@@ -125,7 +127,7 @@ def test_frames_of_another_size_are_resized_and_several_cameras_refused():
     model = tiny()
     inputs = observations(model, 2, size=48)
     assert model.preprocess(inputs.images).shape == (2, 6, 32, 32)
-    assert torch.isfinite(model(inputs).logits).all()
+    assert torch.isfinite(model(inputs).actions.logits).all()
     two = dataclasses.replace(inputs, images=inputs.images.expand(-1, 2, -1, -1, -1))
     with pytest.raises(ValueError, match="2 cameras"):
         model(two)
@@ -152,7 +154,7 @@ def test_actions_round_trip_through_tokens():
 def test_small_model_carries_no_unused_parameters():
     model = tiny()
     output = model(observations(model))
-    (output.logits.square().sum() + output.values.sum()).backward()
+    (output.actions.logits.square().sum() + output.values.sum()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
@@ -160,4 +162,4 @@ def test_rows_do_not_depend_on_the_rest_of_the_batch():
     model = tiny()
     inputs = observations(model, 8)
     whole, part = model(inputs), model(inputs.rows(slice(4, 8)))
-    torch.testing.assert_close(whole.logits[4:], part.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(whole.actions.logits[4:], part.actions.logits, rtol=0, atol=1e-5)

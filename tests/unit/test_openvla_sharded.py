@@ -31,7 +31,7 @@ def shard(model, policy=None):
 
 def gradients(model, inputs, tokens):
     output = model(inputs, tokens)
-    logprobs = action_logprobs(output.logits, tokens - model.first_action_token, temperature=1.0)
+    logprobs = action_logprobs(output.actions.logits, tokens - model.first_action_token, temperature=1.0)
     (logprobs.mean() + output.values.square().mean()).backward()
     full = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in full.items()}, output
@@ -67,17 +67,17 @@ def test_mixed_precision_keeps_values_and_logits_fp32_and_comes_close():
             model.language_model.lm_head.weight.mul_(0.05)
     inputs = observations(exact)
     output, expected = mixed(inputs), exact(inputs)
-    assert output.values.dtype == output.logits.dtype == torch.float32
+    assert output.values.dtype == output.actions.logits.dtype == torch.float32
     assert (output.values - expected.values).abs().max() < 0.05
     columns = torch.zeros(3, 6, dtype=torch.int64)
-    ours, theirs = (action_logprobs(o.logits, columns, temperature=1.0) for o in (output, expected))
+    ours, theirs = (action_logprobs(o.actions.logits, columns, temperature=1.0) for o in (output, expected))
     assert 0 < (ours - theirs).abs().max() < 1e-2
 
 
 def test_reference_policy_works_sharded():
     inputs, model = observations(tiny()), tiny()
-    before = tiny()(inputs).logits
+    before = tiny()(inputs).actions.logits
     attach_lora(model, LoraConfig(rank=2), seed=0)
     shard(model)
     with model.adapters_disabled(), torch.no_grad():
-        torch.testing.assert_close(model(inputs).logits, before, rtol=0, atol=1e-6)
+        torch.testing.assert_close(model(inputs).actions.logits, before, rtol=0, atol=1e-6)

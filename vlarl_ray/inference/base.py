@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Num
 
 from vlarl_ray.types import ActReply, ActRequest
 from vlarl_ray.weights.update import WeightUpdate
@@ -57,7 +57,7 @@ class Engine(Protocol):
         """Answer every row of the request."""
         ...
 
-    def logprobs(self, request: ActRequest, tokens: Int32[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
+    def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
         """Score given tokens under the weights in place, through the path that sampling takes."""
         ...
 
@@ -162,7 +162,7 @@ class InferenceServer:
         """Queue new weights; requests queued later see them."""
         return self._enqueue(lambda: self._engine.load(update))
 
-    def logprobs(self, request: ActRequest, tokens: Int32[np.ndarray, "B L"]) -> Future:
+    def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Future:
         """Queue a scoring request (the canary's probe)."""
 
         def score() -> Float32[np.ndarray, "B L"]:

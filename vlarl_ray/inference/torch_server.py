@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Num
 from safetensors import safe_open
 from torch import Tensor
 
 from vlarl_ray.config import InferenceConfig
 from vlarl_ray.inference.base import LoadReport
-from vlarl_ray.models.action_tokens import action_logprobs, gumbel_noise
 from vlarl_ray.models.base import PolicyInputs, VLAModel
+from vlarl_ray.models.distributions import samples_to_numpy, samples_to_torch
 from vlarl_ray.models.lora import merged_weight
 from vlarl_ray.models.policy import load_policy
 from vlarl_ray.types import ActReply, ActRequest
@@ -45,7 +45,6 @@ class TorchEngine:
         policy = load_policy(str(policy_dir), dtype=cfg.dtype, device=device)
         self._model: VLAModel = policy.model.eval().requires_grad_(False)
         self._parameters = dict(self._model.named_parameters())
-        self._num_bins = policy.model.model_config.num_action_bins
         self._pristine = Path(policy_dir) / "model.safetensors"
         self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
         self.version: int | None = None
@@ -84,20 +83,19 @@ class TorchEngine:
         actions, tokens, logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
         return ActReply(
             actions=actions.float().cpu().numpy(),
-            tokens=tokens.to(torch.int32).cpu().numpy(),
+            tokens=samples_to_numpy(tokens),
             logprobs=logprobs.float().cpu().numpy(),
             policy_version=self.version,
         )
 
     @torch.inference_mode()
-    def logprobs(self, request: ActRequest, tokens: Int32[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
+    def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
         """Teacher-forced log-probabilities of `tokens` at the request's temperature."""
         parts = []
         for rows in self._batches(len(request)):
-            taken = torch.from_numpy(tokens[rows].astype(np.int64)).to(self._device)
-            logits = self._model(self._inputs(request, rows), taken).logits
-            columns = taken - self._model.first_action_token
-            scored = action_logprobs(logits, columns, temperature=request.temperature)
+            taken = samples_to_torch(tokens[rows]).to(self._device)
+            actions = self._model(self._inputs(request, rows), taken).actions
+            scored = actions.log_prob(taken, temperature=request.temperature)
             parts.append(scored[: rows.stop - rows.start])
         return torch.cat(parts).float().cpu().numpy()
 
@@ -107,12 +105,11 @@ class TorchEngine:
 
     def _sample_rows(self, request: ActRequest, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         index = self._padded(rows)
-        gumbel = None
+        noise = None
         if request.temperature > 0:
-            shape = (self._model.num_action_tokens, self._num_bins)
-            gumbel = torch.from_numpy(gumbel_noise(request.noise_keys[index], shape)).to(self._device)
+            noise = self._model.draw_noise(request.noise_keys[index]).to(self._device)
         tokens, logprobs = self._model.sample(
-            self._inputs(request, index), temperature=request.temperature, gumbel=gumbel
+            self._inputs(request, index), temperature=request.temperature, noise=noise
         )
         count = rows.stop - rows.start
         return self._model.decode_actions(tokens)[:count], tokens[:count], logprobs[:count]

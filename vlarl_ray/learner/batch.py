@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Int64, UInt8
 from torch import Tensor
 
 from vlarl_ray.models.base import PolicyInputs, VLAModel
+from vlarl_ray.models.distributions import Samples, samples_to_torch
 from vlarl_ray.types import DemoRows, FrameRef, TrainBatch
 
 Fetch = Callable[[Sequence[FrameRef]], Sequence[Any]]
@@ -115,7 +116,7 @@ class MicroBatch:
     """Tensors of one forward pass, on the learner's device."""
 
     inputs: PolicyInputs
-    tokens: Int64[Tensor, "M L"]
+    tokens: Samples
     token_mask: Bool[Tensor, "M L"]
     old_logprobs: Float[Tensor, "M L"]
     old_values: Float[Tensor, " M"]
@@ -130,7 +131,7 @@ class CloneBatch:
     """Tensors of one cloning pass, on the learner's device."""
 
     inputs: PolicyInputs
-    tokens: Int64[Tensor, "M L"]
+    tokens: Samples
     mask: Bool[Tensor, "M L"]
     """False for padding rows, and for tokens behind the end of an episode."""
 
@@ -212,7 +213,7 @@ class BatchReader:
         inputs = PolicyInputs(torch.from_numpy(frames), ids, lengths, torch.from_numpy(batch.proprio[rows]))
         return MicroBatch(
             inputs=inputs.to(self._device),
-            tokens=self._tensor(batch.action_tokens[rows].astype(np.int64)),
+            tokens=samples_to_torch(batch.action_tokens[rows]).to(self._device),
             token_mask=self._tensor(batch.token_mask[rows]),
             old_logprobs=self._tensor(batch.old_logprobs[rows]),
             old_values=self._tensor(batch.old_values[rows]),

@@ -29,6 +29,9 @@ def build_learner(
         world_size: Number of ranks.
         store_address: Host and port where ranks meet; None in one process.
         device: Torch device of this rank.
+
+    Raises:
+        ValueError: If the policy has no likelihood.
     """
     model = load_policy(str(policy_dir), dtype="float32", device=device).model
     model.detach_value = cfg.learner.detach_value
@@ -40,6 +43,15 @@ def build_learner(
             critic=cfg.learner.critic,
             detach_value=cfg.learner.detach_value,
         )
+    if not model.has_likelihood:
+        raise ValueError(
+            f"model.action_head = {model.model_config.action_head!r} has no likelihood, so RL cannot train it; give "
+            "the policy a spread with vlarl_ray.models.add_scale_head, and pass the new folder as policy."
+        )
+    if not cfg.learner.train_scale_head:
+        for name, parameter in model.named_parameters():
+            if name.startswith("scale_head."):
+                parameter.requires_grad_(False)
     algorithm = resolve(ALGORITHMS, cfg.algorithm.name, what="algorithm.name")(cfg.algorithm)
     return Learner(
         cfg.learner,

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from vlarl_ray.models.base import VLAModel
+from vlarl_ray.models.heads import HEADS
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Ranks:
 
 
 def shard(model: VLAModel, ranks: Ranks, *, compute_dtype: torch.dtype | None) -> None:
-    """Shard each unit of the model, then the root. The value head computes in fp32 always.
+    """Shard each unit of the model, then the root. Heads compute in fp32 always.
 
     Args:
         model: On its device already, adapters attached.
@@ -100,9 +101,9 @@ def shard(model: VLAModel, ranks: Ranks, *, compute_dtype: torch.dtype | None) -
     mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world_size,))
     exact = MixedPrecisionPolicy()
     policy = exact if compute_dtype is None else MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32)
-    value_head = model.get_submodule("value_head")
+    heads = [module for name, module in model.named_children() if f"{name}." in HEADS]
     for unit in model.fsdp_units():
-        fully_shard(unit, mesh=mesh, mp_policy=exact if unit is value_head else policy)
+        fully_shard(unit, mesh=mesh, mp_policy=exact if any(unit is head for head in heads) else policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Num
 
 from vlarl_ray.learner.batch import deal_trajectories
 from vlarl_ray.transport import Transport
@@ -54,7 +54,7 @@ class LearnerGroup:
         [(num_bytes, digests)] = self._transport.get([summary], timeout_s=self._deadline_s, what="gathering weights")
         return handles[0], num_bytes, digests
 
-    def logprobs(self, request: ActRequest, tokens: Int32[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
+    def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
         """Score given tokens under the current weights."""
         return self._all("logprobs", request, tokens)[0]
 

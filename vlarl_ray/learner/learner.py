@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Float32, Int, Num
 
 from vlarl_ray.algorithms.advantages import explained_variance
 from vlarl_ray.algorithms.base import Algorithm
@@ -23,6 +23,7 @@ from vlarl_ray.learner.optimizer import ShardOptimizer
 from vlarl_ray.learner.scoring import Scorer
 from vlarl_ray.learner.update import Minibatch, NonFiniteError, Updater
 from vlarl_ray.models.base import VLAModel
+from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.lora import CRITIC, POLICY, lora_layers, official_name
 from vlarl_ray.types import ActRequest, Scores, TrainBatch, Trajectory
 from vlarl_ray.weights.canary import update_digests
@@ -170,7 +171,7 @@ class Learner:
             raise ValueError(f"weight_update_summary({version}) must follow weight_update({version}) on rank 0.")
         return self._summary[1:]
 
-    def logprobs(self, request: ActRequest, tokens: Int32[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
+    def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
         """Score given tokens under the current weights, for the canary. Collective; every rank returns all rows."""
         return self._scorer.logprobs(request, tokens).float().cpu().numpy()
 
@@ -274,8 +275,8 @@ def _published_names(model: VLAModel) -> dict[str, tuple[str, ...]]:
 
 def _to_bfloat16(model: VLAModel) -> torch.dtype:
     """Store frozen weights in the compute precision (half the memory, nothing to cast); trainable ones stay fp32."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and not name.startswith(HEADS):
             parameter.data = parameter.data.to(torch.bfloat16)
     return torch.bfloat16
 
@@ -296,6 +297,12 @@ def _check_supported(
         raise ValueError(
             "algorithm.kl_coef needs a reference policy, which is the one with adapters disabled; "
             "set it to 0 or learner.train to 'lora'."
+        )
+    trains_scale = any(p.requires_grad for name, p in model.named_parameters() if name.startswith("scale_head."))
+    if trains_scale and algorithm.needs_reference:
+        raise ValueError(
+            "algorithm.kl_coef needs a reference policy, the one with adapters disabled, but the scale head is trained "
+            "whole; set learner.train_scale_head to false, or algorithm.kl_coef to 0."
         )
     if cfg.train == "full" and cfg.critic == "separate":
         raise ValueError("learner.critic = 'separate' needs learner.train = 'lora': it is a second set of adapters.")

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from vlarl_ray.learner.batch import Fetch, PromptCache, deal_trajectories, stack_frames
 from vlarl_ray.learner.fsdp import Ranks, reshard
-from vlarl_ray.models.action_tokens import action_logprobs
 from vlarl_ray.models.base import PolicyInputs, VLAModel
+from vlarl_ray.models.distributions import samples_to_torch
 from vlarl_ray.types import ActRequest, Scores, Trajectory
 
 
@@ -63,13 +63,13 @@ class Scorer:
             at = end
         return scores
 
-    def logprobs(self, request: ActRequest, tokens: Int32[np.ndarray, "B L"]) -> Float[Tensor, "B L"]:
+    def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Float[Tensor, "B L"]:
         """Score given tokens for the observations of a request, all rows on every rank. Collective."""
         ids, lengths = self._prompts.encode(request.instructions)
         # Copies: arrays from the object store are read-only, which torch does not support.
         images, proprio = torch.tensor(request.images), torch.tensor(request.proprio)
         inputs = PolicyInputs(images, ids, lengths, proprio)
-        taken = torch.from_numpy(tokens.astype(np.int64))
+        taken = samples_to_torch(tokens)
         parts = []
         for start in range(0, len(request), self._micro_batch_size):
             rows = slice(start, start + self._micro_batch_size)
@@ -89,13 +89,12 @@ class Scorer:
         inputs = PolicyInputs(
             torch.from_numpy(stack_frames(frames, indices, decisions)), ids, lengths, torch.from_numpy(proprio)
         )
-        return inputs.to(self._device), torch.from_numpy(tokens.astype(np.int64)).to(self._device)
+        return inputs.to(self._device), samples_to_torch(tokens).to(self._device)
 
     @torch.no_grad()
     def _forward(self, inputs: PolicyInputs, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         output = self._model(inputs, tokens)
-        columns = tokens - self._model.first_action_token
-        return output.values, action_logprobs(output.logits, columns, temperature=temperature)
+        return output.values, output.actions.log_prob(tokens, temperature=temperature)
 
 
 def _common_temperature(trajectories: Sequence[Trajectory]) -> float:

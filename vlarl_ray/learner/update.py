@@ -21,7 +21,6 @@ from vlarl_ray.algorithms.losses import cloning_loss
 from vlarl_ray.learner.batch import BatchReader, DealtRows, DemoReader, MicroBatch
 from vlarl_ray.learner.fsdp import Ranks
 from vlarl_ray.learner.optimizer import ShardOptimizer
-from vlarl_ray.models.action_tokens import action_entropy, action_logprobs
 from vlarl_ray.models.base import VLAModel
 from vlarl_ray.types import TrainBatch
 
@@ -152,8 +151,7 @@ class Updater:
             self._sync_gradients(is_last=index == len(minibatch.clone_passes) - 1)
             rows = reader.read(dealt)
             output = self._model(rows.inputs, rows.tokens)
-            columns = rows.tokens - self._model.first_action_token
-            logprobs = action_logprobs(output.logits, columns, temperature=batch.temperature)
+            logprobs = output.actions.log_prob(rows.tokens, temperature=batch.temperature)
             loss = cloning_loss(logprobs, rows.mask, normalizer=minibatch.num_clone_tokens)
             (loss * self._ranks.world_size + 0.0 * output.values.sum()).backward()
             share = loss.detach()
@@ -170,17 +168,15 @@ class Updater:
     def _backward(
         self, rows: MicroBatch, batch: TrainBatch, normalizers: Normalizers, *, warms_up: bool
     ) -> tuple[LossTerms, dict[str, Tensor]]:
-        columns = rows.tokens - self._model.first_action_token
         temperature = batch.temperature
         reference = None
         if self._algorithm.needs_reference:
             with torch.no_grad(), self._model.adapters_disabled():
-                logits = self._model(rows.inputs, rows.tokens).logits
-                reference = action_logprobs(logits, columns, temperature=temperature)
+                reference = self._model(rows.inputs, rows.tokens).actions.log_prob(rows.tokens, temperature=temperature)
         output = self._model(rows.inputs, rows.tokens)
-        logprobs = action_logprobs(output.logits, columns, temperature=temperature)
+        logprobs = output.actions.log_prob(rows.tokens, temperature=temperature)
         with torch.set_grad_enabled(self._algorithm.has_entropy_bonus and not warms_up):
-            entropy = action_entropy(output.logits, temperature=temperature)
+            entropy = output.actions.entropy(temperature=temperature)
         terms = self._algorithm.loss(
             LossRows(
                 logprobs=logprobs,

@@ -8,17 +8,23 @@ from vlarl_ray.models.action_tokens import (
     gumbel_noise,
 )
 from vlarl_ray.models.base import PolicyInputs, PolicyOutput, VLAModel
-from vlarl_ray.models.policy import Policy, load_model, load_policy, new_policy
+from vlarl_ray.models.distributions import ActionDistribution, Gaussian, Laplace, TokenDistribution
+from vlarl_ray.models.policy import Policy, add_scale_head, load_model, load_policy, new_policy
 
 __all__ = [
+    "ActionDistribution",
     "ActionNormalizer",
     "ActionTokenizer",
+    "Gaussian",
+    "Laplace",
     "Policy",
     "PolicyInputs",
     "PolicyOutput",
+    "TokenDistribution",
     "VLAModel",
     "action_entropy",
     "action_logprobs",
+    "add_scale_head",
     "gumbel_noise",
     "load_model",
     "load_policy",

@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, UInt8, UInt64
 from torch import Tensor, nn
+
+from vlarl_ray.models.distributions import ActionDistribution, Samples
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class PolicyInputs:
 class PolicyOutput:
     """What one forward pass says of B observations."""
 
-    logits: Float[Tensor, "B L N"]
-    """fp32, over the N action bins only (everything else has probability zero), before tempering."""
+    actions: ActionDistribution
+    """Of the chunk, before tempering; fp32."""
     values: Float[Tensor, " B"]
     """fp32 state values, read at the first action position (h0)."""
 
@@ -53,18 +56,23 @@ class VLAModel(nn.Module, ABC):
     `forward` is the only entry point of training, so that FSDP's hooks see every call.
     """
 
+    samples_per_number: ClassVar[int] = 1
+    """Numbers of a sample for each number of an action: more than 1 where a sample is a path, as in a flow policy."""
     num_action_tokens: int
-    """L = K * D."""
+    """L = K * D * `samples_per_number`."""
     chunk_length: int
     """K env steps per decision."""
     action_dim: int
     """D."""
-    first_action_token: int
-    """Vocabulary id of column 0 of `PolicyOutput.logits`."""
     critic: Literal["shared", "separate"] = "shared"
     """Whether the value is read from the policy's pass, or from another one with the critic's own adapters."""
     detach_value: bool = False
     """Whether value gradients stop at the backbone."""
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether `log_prob` is that of the samples, so that RL can train the policy."""
+        return True
 
     @abstractmethod
     def encode_prompts(self, instructions: Sequence[str]) -> tuple[Int64[Tensor, "B N"], Int64[Tensor, " B"]]:
@@ -75,31 +83,38 @@ class VLAModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def forward(self, inputs: PolicyInputs, tokens: Int64[Tensor, "B L"] | None = None) -> PolicyOutput:
-        """Score: logits of every action position given `tokens` before it, and the value.
+    def forward(self, inputs: PolicyInputs, tokens: Samples | None = None) -> PolicyOutput:
+        """Give the distribution of the chunk, and the value.
 
         Args:
             inputs: Observations.
-            tokens: Vocabulary ids of the chunks to score. Parallel decoding does not look at them and takes None too.
+            tokens: Samples to score: autoregressive decoding conditions each position on those before it. Parallel
+                decoding does not look at them and takes None too.
         """
 
     @abstractmethod
     def sample(
-        self, inputs: PolicyInputs, *, temperature: float, gumbel: Float[Tensor, "B L N"] | None
-    ) -> tuple[Int64[Tensor, "B L"], Float[Tensor, "B L"]]:
-        """Draw chunks (argmax of tempered logits + `gumbel`), with their log-probabilities.
+        self, inputs: PolicyInputs, *, temperature: float, noise: Float[Tensor, "B L *N"] | None
+    ) -> tuple[Samples, Float[Tensor, "B L"]]:
+        """Draw chunks, with their log-probabilities: those that `forward` gives for the same samples and temperature.
 
-        The log-probabilities are those `forward` and `action_logprobs` give for the same tokens and temperature;
-        at temperature 0 tokens are greedy and the log-probabilities those of temperature 1.
+        Args:
+            inputs: Observations.
+            temperature: 0 draws the most likely chunk, scored at temperature 1.
+            noise: From `draw_noise`; None if and only if the temperature is 0.
         """
 
     @abstractmethod
-    def decode_actions(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B K D"]:
-        """Turn action tokens into env actions (fp32, env units)."""
+    def draw_noise(self, keys: UInt64[np.ndarray, "B 2"]) -> Float[Tensor, "B L *N"]:
+        """Draw what `sample` needs, on the CPU; a row's noise depends on its key alone (see `TaskSpec.noise_key`)."""
 
     @abstractmethod
-    def encode_actions(self, actions: Float[Tensor, "B K D"]) -> Int64[Tensor, "B L"]:
-        """Turn env actions into action tokens (inverse of `decode_actions` up to half a bin)."""
+    def decode_actions(self, tokens: Samples) -> Float[Tensor, "B K D"]:
+        """Turn samples into env actions (fp32, env units)."""
+
+    @abstractmethod
+    def encode_actions(self, actions: Float[Tensor, "B K D"]) -> Samples:
+        """Turn env actions into samples (inverse of `decode_actions`, up to half a bin for tokens)."""
 
     @abstractmethod
     def fsdp_units(self) -> Iterator[nn.Module]:

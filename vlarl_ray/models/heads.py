@@ -1,4 +1,4 @@
-"""Value head on the policy's hidden state."""
+"""Heads on the policy's hidden state: value, and scale of continuous actions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from itertools import pairwise
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
+
+HEADS = ("value_head.", "scale_head.")
+"""Name prefixes of the heads: always fp32, trained whole rather than by adapters."""
 
 
 class ValueHead(nn.Sequential):
@@ -29,3 +32,25 @@ class ValueHead(nn.Sequential):
         """
         hidden = hidden.detach() if detach else hidden
         return super().forward(hidden.float()).squeeze(-1)
+
+
+class ScaleHead(nn.Sequential):
+    """Predicts the log-scale of each number of a chunk, in fp32; starts nearly constant at `INITIAL_LOG_SCALE`."""
+
+    INITIAL_LOG_SCALE = -1.0
+
+    def __init__(self, input_size: int, num_numbers: int) -> None:
+        super().__init__(
+            nn.Linear(input_size, input_size, dtype=torch.float32),
+            nn.ReLU(),
+            nn.Linear(input_size, num_numbers, dtype=torch.float32),
+        )
+
+    def reset_last_layer(self, generator: torch.Generator) -> None:
+        """Draw Xavier weights at a gain of 0.01, as RIPT-VLA's head has them."""
+        nn.init.xavier_normal_(self[2].weight, gain=0.01, generator=generator)  # type: ignore[arg-type]
+        nn.init.constant_(self[2].bias, self.INITIAL_LOG_SCALE)  # type: ignore[arg-type]
+
+    def forward(self, hidden: Float[Tensor, "B C"]) -> Float32[Tensor, "B L"]:  # type: ignore[override]
+        """Predict natural logs of scales."""
+        return super().forward(hidden.float())

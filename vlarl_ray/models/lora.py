@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlarl_ray.config import LoraConfig
 from vlarl_ray.models.base import VLAModel
+from vlarl_ray.models.heads import HEADS
 
 POLICY, CRITIC = "default", "critic"
 """Adapter names: the policy's own (PEFT's default), and that of a separate critic."""
@@ -75,7 +76,7 @@ def attach_lora(
     critic: Literal["shared", "separate"] = "shared",
     detach_value: bool = False,
 ) -> None:
-    """Freeze a model but for its value head and put adapters on its linear layers, in place.
+    """Freeze a model but for its heads and put adapters on its linear layers, in place.
 
     A is random from `seed`, B zero, so that nothing changes at first. All else is frozen, learned action queries too,
     so that the model with adapters disabled stays the one before training.
@@ -94,7 +95,7 @@ def attach_lora(
         raise ValueError("the model has adapters already; attach them once, to a freshly loaded policy.")
     names = _target_names(model, config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("value_head."))
+        parameter.requires_grad_(name.startswith(HEADS))
     adapters = (POLICY,) if critic == "shared" else (POLICY, CRITIC)
     for name in names:
         parent, _, child = name.rpartition(".")
@@ -230,7 +231,7 @@ def load_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[s
 
 
 def _target_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith("value_head.")]
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(HEADS)]
     unused = tuple(getattr(model, "unused_modules", ()))
     linear = [name for name in linear if not name.startswith(unused)] if unused else linear
     lm_head = [name for name in linear if name.endswith("lm_head")]

@@ -11,12 +11,11 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor, nn
 
 from vlarl_ray.config import ModelConfig
-from vlarl_ray.models.action_tokens import action_logprobs, choose_columns
 from vlarl_ray.models.base import PolicyInputs, PolicyOutput
+from vlarl_ray.models.chunk_policy import ChunkPolicyModel
 from vlarl_ray.models.heads import ValueHead
 from vlarl_ray.models.llama import LanguageModel, LlamaDims
 from vlarl_ray.models.lora import CRITIC, use_adapter
-from vlarl_ray.models.token_policy import TokenPolicyModel
 from vlarl_ray.models.vit import VisionTransformer
 
 # ImageNet statistics rounded to bfloat16, as the released preprocessor configs have them.
@@ -56,7 +55,7 @@ class Projector(nn.Module):
         return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features)))))
 
 
-class OpenVLA(TokenPolicyModel):
+class OpenVLA(ChunkPolicyModel):
     """OpenVLA with a value head.
 
     A row's sequence is BOS, patches, the rest of its prompt, its action positions, then padding. Padding comes last, so
@@ -65,7 +64,7 @@ class OpenVLA(TokenPolicyModel):
     """
 
     def __init__(self, config: ModelConfig, *args: Any, **kwargs: Any) -> None:
-        """As `TokenPolicyModel`."""
+        """As `ChunkPolicyModel`."""
         super().__init__(config, *args, **kwargs)
         self.num_patches = (config.image_size // config.patch_size) ** 2
 
@@ -91,7 +90,7 @@ class OpenVLA(TokenPolicyModel):
         return self.language_model.lm_head
 
     def forward(self, inputs: PolicyInputs, tokens: Int64[Tensor, "B L"] | None = None) -> PolicyOutput:
-        """Score: logits of every action position given `tokens` before it, and the value.
+        """Give the distribution of every action token given `tokens` before it, and the value.
 
         Raises:
             ValueError: If decoding is autoregressive and `tokens` is None.
@@ -104,21 +103,23 @@ class OpenVLA(TokenPolicyModel):
         if self.critic == "separate":
             with use_adapter(self, CRITIC):
                 read_out = self._read_out(inputs)
-        return PolicyOutput(self._action_logits(hidden), self.value_head(read_out, detach=self.detach_value))
+        actions = self.distribution(self._action_logits(hidden))
+        return PolicyOutput(actions, self.value_head(read_out, detach=self.detach_value))
 
     def sample(
-        self, inputs: PolicyInputs, *, temperature: float, gumbel: Float[Tensor, "B L N"] | None
+        self, inputs: PolicyInputs, *, temperature: float, noise: Float[Tensor, "B L N"] | None
     ) -> tuple[Int64[Tensor, "B L"], Float[Tensor, "B L"]]:
         """Draw chunks, with their log-probabilities; the value head is not computed."""
         with torch.no_grad():
             if self.model_config.decoding == "parallel":
                 embeddings = self._embed(inputs, None, num_slots=self.num_action_tokens - 1)
                 read = self._read_positions(inputs, self.num_action_tokens)
-                logits = self._action_logits(self.language_model.model(embeddings, read)[0])
-                columns = choose_columns(logits, temperature=temperature, gumbel=gumbel)
+                actions = self.distribution(self._action_logits(self.language_model.model(embeddings, read)[0]))
+                tokens = actions.sample(temperature=temperature, noise=noise)
             else:
-                logits, columns = self._decode(inputs, temperature, gumbel)
-            return columns + self.first_action_token, action_logprobs(logits, columns, temperature=temperature)
+                logits, tokens = self._decode(inputs, temperature, noise)
+                actions = self.distribution(logits)
+            return tokens, actions.log_prob(tokens, temperature=temperature)
 
     def fsdp_units(self) -> Iterator[nn.Module]:
         """Yield the decoder layers, then the value head (alone, as it stays in fp32)."""
@@ -181,22 +182,21 @@ class OpenVLA(TokenPolicyModel):
         return self.language_model.lm_head(hidden)[..., self.first_action_token : last].float()
 
     def _decode(
-        self, inputs: PolicyInputs, temperature: float, gumbel: Tensor | None
+        self, inputs: PolicyInputs, temperature: float, noise: Tensor | None
     ) -> tuple[Float32[Tensor, "B L N"], Int64[Tensor, "B L"]]:
-        """Draw token by token with cached keys and values; returns the logits of every step and the columns drawn."""
+        """Draw token by token with cached keys and values; returns the logits of every step and the tokens drawn."""
         decoder = self.language_model.model
         positions = self._read_positions(inputs, self.num_action_tokens)
         embeddings = self._embed(inputs, None, num_slots=self.num_action_tokens - 1)
         hidden, caches = decoder(embeddings, positions[:, :1], keep_cache=True)
-        logits, columns = [], []
+        logits, tokens = [], []
         for index in range(self.num_action_tokens):
             if index:
-                token = decoder.embed_tokens(columns[-1] + self.first_action_token)
-                hidden = decoder.decode(token[:, None], positions[:, index], caches)
-            logits.append(self._action_logits(hidden)[:, 0])
-            noise = None if gumbel is None else gumbel[:, index]
-            columns.append(choose_columns(logits[-1], temperature=temperature, gumbel=noise))
-        return torch.stack(logits, dim=1), torch.stack(columns, dim=1)
+                hidden = decoder.decode(decoder.embed_tokens(tokens[-1]), positions[:, index], caches)
+            logits.append(self._action_logits(hidden))
+            here = None if noise is None else noise[:, index : index + 1]
+            tokens.append(self.distribution(logits[-1]).sample(temperature=temperature, noise=here))
+        return torch.cat(logits, dim=1), torch.cat(tokens, dim=1)
 
 
 def padded_vocab_size(config: ModelConfig) -> int:

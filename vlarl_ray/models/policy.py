@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlarl_ray.config import ModelConfig
-from vlarl_ray.models.action_tokens import ActionNormalizer, action_logprobs, gumbel_noise
+from vlarl_ray.models.action_tokens import ActionNormalizer
 from vlarl_ray.models.base import PolicyInputs
+from vlarl_ray.models.chunk_policy import ChunkPolicyModel
+from vlarl_ray.models.distributions import samples_to_numpy, samples_to_torch
+from vlarl_ray.models.heads import HEADS, ScaleHead
 from vlarl_ray.models.lora import lora_layers
-from vlarl_ray.models.token_policy import TokenPolicyModel
 from vlarl_ray.models.tokenizer import PromptTokenizer
 from vlarl_ray.models.vit import LayerScale
 from vlarl_ray.registry import MODELS, resolve
@@ -37,7 +39,7 @@ _MAX_ROWS = 64
 class Policy:
     """A model in use: turns observations into action chunks, in one process, for notebooks and checks."""
 
-    def __init__(self, model: TokenPolicyModel) -> None:
+    def __init__(self, model: ChunkPolicyModel) -> None:
         self.model = model.eval()
 
     @property
@@ -63,17 +65,17 @@ class Policy:
             noise = None
             if temperature > 0:
                 keys = np.array([[seed, start + row] for row in range(len(inputs.images))], dtype=np.uint64)
-                shape = (self.model.num_action_tokens, self.model.model_config.num_action_bins)
-                noise = torch.from_numpy(gumbel_noise(keys, shape)).to(self.device)
-            tokens, logprobs = self.model.sample(inputs, temperature=temperature, gumbel=noise)
-            rows = (self.model.decode_actions(tokens), tokens.int(), logprobs)
-            chunks += [ActionChunk(*row) for row in zip(*(values.cpu().numpy() for values in rows), strict=True)]
+                noise = self.model.draw_noise(keys).to(self.device)
+            tokens, logprobs = self.model.sample(inputs, temperature=temperature, noise=noise)
+            actions = self.model.decode_actions(tokens)
+            rows = (actions.cpu().numpy(), samples_to_numpy(tokens), logprobs.cpu().numpy())
+            chunks += [ActionChunk(*row) for row in zip(*rows, strict=True)]
         return chunks
 
     def log_probs(
         self, observations: Sequence[Observation], chunks: Sequence[ActionChunk], *, temperature: float = 1.0
     ) -> Float32[np.ndarray, "B L"]:
-        """Score chunks: log-probability of each action token under the masked, tempered distribution.
+        """Score chunks: log-probability of each number under the distribution it would be drawn from.
 
         Raises:
             ValueError: If there is not one chunk per observation, or a chunk holds a token that is no action.
@@ -84,11 +86,13 @@ class Policy:
             )
         scores = []
         for start in range(0, len(observations), _MAX_ROWS):
-            tokens = torch.from_numpy(np.stack([chunk.tokens for chunk in chunks[start : start + _MAX_ROWS]])).long()
-            columns = self.model.action_tokenizer.columns(tokens).to(self.device)
+            tokens = samples_to_torch(np.stack([chunk.tokens for chunk in chunks[start : start + _MAX_ROWS]]))
+            if not tokens.is_floating_point():
+                self.model.action_tokenizer.columns(tokens)  # refuses what is no action token
+            tokens = tokens.to(self.device)
             with torch.no_grad():
-                output = self.model(self._inputs(observations[start : start + _MAX_ROWS]), tokens.to(self.device))
-            scores.append(action_logprobs(output.logits, columns, temperature=temperature).cpu().numpy())
+                output = self.model(self._inputs(observations[start : start + _MAX_ROWS]), tokens)
+            scores.append(output.actions.log_prob(tokens, temperature=temperature).cpu().numpy())
         return np.concatenate(scores) if scores else np.zeros((0, self.model.num_action_tokens), np.float32)
 
     def save(self, folder: Path) -> None:
@@ -109,7 +113,7 @@ def new_policy(
     *,
     normalizer: ActionNormalizer | None = None,
     metadata: Mapping[str, Any] | None = None,
-) -> TokenPolicyModel:
+) -> ChunkPolicyModel:
     """Make an untrained model; the same arguments give the same weights, bit for bit.
 
     Args:
@@ -131,7 +135,36 @@ def new_policy(
     return model
 
 
-def save_policy(model: TokenPolicyModel, folder: Path) -> None:
+def add_scale_head(
+    model: ChunkPolicyModel, kind: Literal["gaussian", "laplace"], *, log_scale: float = ScaleHead.INITIAL_LOG_SCALE
+) -> ChunkPolicyModel:
+    """Give an `l1` policy a likelihood, so that RL can train it: the same locations, with a spread around them.
+
+    Args:
+        model: Policy with `model.action_head: l1`, without adapters; it is left as it is.
+        kind: Of distribution.
+        log_scale: Natural log of the spread, everywhere the same at first.
+
+    Raises:
+        ValueError: If the policy has another head.
+    """
+    if model.model_config.action_head != "l1":
+        raise ValueError(
+            f"model.action_head = {model.model_config.action_head!r}: a scale head is added to 'l1' policies only."
+        )
+    config = replace(model.model_config, action_head=kind)  # type: ignore[type-var]
+    widened = type(model)(config, model.tokenizer, normalizer=model.normalizer, metadata=model.metadata)
+    loaded = widened.load_state_dict(model.state_dict(), strict=False)
+    assert not loaded.unexpected_keys
+    assert all(name.startswith("scale_head.") for name in loaded.missing_keys)
+    last = widened.get_submodule("scale_head.2")
+    with torch.no_grad():
+        nn.init.zeros_(cast(nn.Linear, last).weight)
+        nn.init.constant_(cast(nn.Linear, last).bias, log_scale)
+    return widened
+
+
+def save_policy(model: ChunkPolicyModel, folder: Path) -> None:
     """Write `config.json`, `model.safetensors` (official names) and `tokenizer.json`.
 
     Raises:
@@ -162,7 +195,7 @@ def load_policy(
 
     Args:
         folder_or_uri: Folder, or a `pyarrow.fs` URI of one (`s3://...`), which is copied to a temporary folder first.
-        dtype: Precision of everything but the value head, which stays fp32.
+        dtype: Precision of everything but the value and scale heads, which stay fp32.
         device: A torch device.
 
     Raises:
@@ -174,7 +207,7 @@ def load_policy(
 
 def load_model(
     folder_or_uri: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "cpu"
-) -> TokenPolicyModel:
+) -> ChunkPolicyModel:
     """Load the bare model of a policy folder, to train or serve it; arguments and errors as in `load_policy`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
@@ -191,15 +224,14 @@ def load_model(
         tensors = _checked_tensors(folder / "model.safetensors", model, device)
     model.load_state_dict(tensors, assign=True)
     for name, module in model.named_children():
-        if name != "value_head":
+        if f"{name}." not in HEADS:
             module.to(DTYPES[dtype])
     for parameter in model.parameters(recurse=False):
         parameter.data = parameter.data.to(DTYPES[dtype])
-    model.value_head.float()
     return model
 
 
-def _model_class(config: ModelConfig) -> type[TokenPolicyModel]:
+def _model_class(config: ModelConfig) -> type[ChunkPolicyModel]:
     return resolve(MODELS, config.architecture, what="model.architecture")
 
 
@@ -267,7 +299,7 @@ def _local(folder_or_uri: str | Path) -> Iterator[Path]:
         yield Path(copy)
 
 
-def _init_weights(model: TokenPolicyModel, seed: int) -> None:
+def _init_weights(model: ChunkPolicyModel, seed: int) -> None:
     """Draw weights on the CPU in the order of module names."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -288,4 +320,7 @@ def _init_weights(model: TokenPolicyModel, seed: int) -> None:
                 for parameter in module.parameters(recurse=False):
                     normal(parameter, 0.02)
         normal(model.action_head.weight, 0.02)  # near-uniform actions at first
+        for module in model.modules():
+            if isinstance(module, ScaleHead):
+                module.reset_last_layer(generator)
         nn.init.zeros_(cast(nn.Linear, model.value_head[-1]).weight)  # value 0 at first

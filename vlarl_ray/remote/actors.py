@@ -28,8 +28,8 @@ from vlarl_ray.weights.update import WeightUpdate
 _LOG = logging.getLogger(__name__)
 
 _INLINE_BYTES = 90_000
-"""Bytes of frames in one argument of a call. Ray sends arguments of up to 100 KiB with the call itself; a larger one goes
-through the object store, which costs more CPU time than the rest of the call."""
+"""Bytes of frames in one argument of a call. Ray sends up to 100 KiB with the call; a larger argument goes through
+the object store, which costs more CPU time than the rest of the call."""
 
 
 class RemoteClient:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Num
 
 from vlarl_ray.envs.base import SimEnv
 from vlarl_ray.rewards.sparse import sparse_rewards
@@ -58,7 +58,7 @@ class Episode:
     def execute(
         self,
         actions: Float32[np.ndarray, "K D"],
-        tokens: Int32[np.ndarray, " L"],
+        tokens: Num[np.ndarray, " L"],
         logprobs: Float32[np.ndarray, " L"],
         *,
         policy_version: int,

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Num
 
 from vlarl_ray.types import ActRequest
 from vlarl_ray.weights.update import WeightUpdate
+
+_CONTINUOUS_PROBE_TEMPERATURE = 10.0
 
 
 class CanaryError(RuntimeError):
@@ -51,7 +53,7 @@ class Probe:
     """A fixed batch whose log-probabilities are compared between learner and servers."""
 
     request: ActRequest
-    tokens: Int32[np.ndarray, "B L"]
+    tokens: Num[np.ndarray, "B L"]
 
 
 def make_probe(
@@ -59,20 +61,18 @@ def make_probe(
     *,
     image_shape: tuple[int, int, int, int],
     proprio_dim: int,
-    first_token: int,
-    num_bins: int,
+    token_ids: range | None,
     num_tokens: int,
     seed: int,
     rows: int = 8,
 ) -> Probe:
-    """Draw a probe of random images and random action tokens; it needs no simulator and never changes in a run.
+    """Draw a probe of random images and random action samples; it needs no simulator and never changes in a run.
 
     Args:
         instructions: Instructions to cycle through.
         image_shape: `(V, H, W, 3)`.
         proprio_dim: P.
-        first_token: Lowest action token id; ids span `num_bins`.
-        num_bins: Action bins.
+        token_ids: Of the action tokens; None where actions are continuous.
         num_tokens: L.
         seed: Seed of the run.
         rows: B.
@@ -83,11 +83,13 @@ def make_probe(
         proprio=rng.standard_normal((rows, proprio_dim)).astype(np.float32),
         instructions=tuple(instructions[i % len(instructions)] for i in range(rows)),
         noise_keys=np.zeros((rows, 2), dtype=np.uint64),
-        temperature=1.0,
+        # Far from a narrow density, rounding in its location is amplified; a wide one compares as much without it.
+        temperature=_CONTINUOUS_PROBE_TEMPERATURE if token_ids is None else 1.0,
         policy_version=0,
     )
-    tokens = rng.integers(first_token, first_token + num_bins, (rows, num_tokens)).astype(np.int32)
-    return Probe(request, tokens)
+    if token_ids is None:
+        return Probe(request, rng.uniform(-1, 1, (rows, num_tokens)).astype(np.float32))
+    return Probe(request, rng.integers(token_ids.start, token_ids.stop, (rows, num_tokens)).astype(np.int32))
 
 
 def compare_probe(
