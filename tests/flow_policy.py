@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,11 +15,12 @@ from vlarl_ray.models.pixel_mlp import PixelMLP
 NOISE = 0.3
 
 
+@dataclass(eq=False)
 class Path(ActionDistribution):
     """From a noisy start half-way to the target, in two steps with noise; samples hold both points, step-major."""
 
-    def __init__(self, target: Tensor, shape: tuple[int, int]) -> None:
-        self.target, self.shape = target, shape
+    target: Tensor
+    shape: tuple[int, int]
 
     def sample(self, *, temperature, noise):
         points = torch.zeros(len(self.target), 2, self.target.shape[1]) if noise is None else self._points(noise)

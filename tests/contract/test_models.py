@@ -52,6 +52,7 @@ def test_output_has_one_value_per_row_and_logits_per_action_token(build):
     output = model(inputs, tokens)
     assert output.values.shape == (4,)
     assert output.actions.logits.shape[:2] == (4, model.num_action_tokens) == (4, model.chunk_length * model.action_dim)
+    assert dataclasses.is_dataclass(output.actions)  # FSDP must find the tensors of an output, and looks into these
     assert output.values.dtype == output.actions.logits.dtype == torch.float32
 
 

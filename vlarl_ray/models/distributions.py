@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +29,8 @@ Samples = Int64[Tensor, "B L"] | Float32[Tensor, "B L"]
 class ActionDistribution(ABC):
     """Distribution of B chunks of L numbers each, independent given the observation (and, for tokens, those before).
 
-    Temperature 0 draws the most likely chunk, whose log-probabilities are then those of temperature 1.
+    Temperature 0 draws the most likely chunk, whose log-probabilities are then those of temperature 1. Make it a
+    dataclass: FSDP must find the tensors of a model's output, and looks into those.
     """
 
     @abstractmethod
@@ -52,25 +55,22 @@ class ActionDistribution(ABC):
         """How far the most likely chunk is from `samples`: 0 or 1 for a token, else the absolute difference."""
 
 
+@dataclass(eq=False)
 class TokenDistribution(ActionDistribution):
-    """Action tokens under the masked, tempered softmax.
+    """Action tokens under the masked, tempered softmax."""
 
-    Args:
-        logits: Over the N action bins only; everything else has probability zero.
-        first_token: Vocabulary id of column 0.
-    """
-
-    def __init__(self, logits: Float[Tensor, "B L N"], first_token: int) -> None:
-        self.logits = logits
-        self._first = first_token
+    logits: Float[Tensor, "B L N"]
+    """Over the N action bins only; everything else has probability zero."""
+    first_token: int
+    """Vocabulary id of column 0."""
 
     def sample(self, *, temperature: float, noise: Float[Tensor, "B L *N"] | None) -> Samples:
         """Draw a token for each position, with Gumbel noise."""
-        return choose_columns(self.logits, temperature=temperature, gumbel=noise) + self._first
+        return choose_columns(self.logits, temperature=temperature, gumbel=noise) + self.first_token
 
     def log_prob(self, samples: Samples, *, temperature: float) -> Float32[Tensor, "B L"]:
         """Log-probability of each token."""
-        return action_logprobs(self.logits, samples - self._first, temperature=temperature)
+        return action_logprobs(self.logits, samples - self.first_token, temperature=temperature)
 
     def entropy(self, *, temperature: float) -> Float32[Tensor, "B L"]:
         """Entropy of each token's distribution."""
@@ -78,23 +78,23 @@ class TokenDistribution(ActionDistribution):
 
     def mode_error(self, samples: Samples) -> Float32[Tensor, "B L"]:
         """1 where the most likely token is another."""
-        return (self.logits.argmax(-1) + self._first != samples).float()
+        return (self.logits.argmax(-1) + self.first_token != samples).float()
 
 
+@dataclass(eq=False)
 class LocationScale(ActionDistribution):
-    """Continuous numbers at `location` with a spread of `exp(log_scale)`, which temperature multiplies.
+    """Continuous numbers at `location` with a spread of `exp(log_scale)`, which temperature multiplies."""
 
-    Args:
-        location: Most likely numbers, normalised action units.
-        log_scale: Natural log of the spread; clamped to `bounds` here, so for sampler and scorer alike.
-        bounds: Least and largest `log_scale`.
-    """
+    location: Float[Tensor, "B L"]
+    """Most likely numbers, normalised action units."""
+    log_scale: Float[Tensor, "B L"]
+    """Natural log of the spread; clamped to `bounds` when made, so for sampler and scorer alike."""
+    bounds: tuple[float, float]
+    """Least and largest `log_scale`."""
 
-    def __init__(
-        self, location: Float[Tensor, "B L"], log_scale: Float[Tensor, "B L"], bounds: tuple[float, float]
-    ) -> None:
-        self.location = location.float()
-        self.log_scale = log_scale.float().clamp(*bounds)
+    def __post_init__(self) -> None:
+        self.location = self.location.float()
+        self.log_scale = self.log_scale.float().clamp(*self.bounds)
 
     def sample(self, *, temperature: float, noise: Float[Tensor, "B L *N"] | None) -> Samples:
         """Shift and scale standard noise."""
@@ -122,7 +122,7 @@ class LocationScale(ActionDistribution):
             raise ValueError(f"temperature = {temperature} is negative; it must be 0 (no noise) or more.")
         return self.log_scale + math.log(temperature or 1.0)
 
-    _standard_entropy: float
+    _standard_entropy: ClassVar[float]
 
     @abstractmethod
     def _standard_log_prob(self, standard: Tensor) -> Tensor:
