@@ -20,24 +20,25 @@ from vlarl_ray.types import Observation, Split, StepResult, TaskSpec
 
 STEP = 0.1
 RADIUS = 0.08
-NUM_EVAL_STATES = 50
 
 _MOTIONS: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "reach-a": ((1, 0), (0, 1)),
     "reach-b": ((-1, 0), (0, -1)),
     "reach-c": ((0, 1), (1, 0)),
+    "reach-d": ((0, -1), (-1, 0)),
     "impossible": ((1, 0), (0, 1)),
 }
 _INSTRUCTIONS: Mapping[str, str] = {
     "reach-a": "reach the cross",
     "reach-b": "reach the cross with mirrored controls",
     "reach-c": "reach the cross with swapped controls",
+    "reach-d": "reach the cross with swapped and mirrored controls",
     "impossible": "reach the moon",
 }
 
 
 class ToySuite:
-    """2-D reach tasks: `reach-a`, `reach-b`, `reach-c` and `impossible`.
+    """2-D reach tasks: `reach-a` to `reach-d`, and `impossible`.
 
     Args:
         tasks: Task ids.
@@ -48,6 +49,7 @@ class ToySuite:
         train_seed: Seed of the training initial states.
         eval_seed: Seed of the held-out ones.
         num_train_states: Training initial states. A policy that sees a few dozen goals learns those, and not to look.
+        num_eval_states: Held-out initial states.
     """
 
     name = "toy"
@@ -64,6 +66,7 @@ class ToySuite:
         train_seed: int = 42,
         eval_seed: int = 1042,
         num_train_states: int = 2000,
+        num_eval_states: int = 50,
     ) -> None:
         for task in tasks:
             if task not in _MOTIONS:
@@ -77,7 +80,7 @@ class ToySuite:
         self._arguments: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__", "task")}
         self._states: dict[Split, Float64[np.ndarray, "N 4"]] = {
             "train": _initial_states(train_seed, num_train_states),
-            "eval": _initial_states(eval_seed, NUM_EVAL_STATES),
+            "eval": _initial_states(eval_seed, num_eval_states),
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -89,7 +92,15 @@ class ToySuite:
         """What frames and initial states depend on; recorded with demonstrations."""
         return {
             name: self._arguments[name]
-            for name in ("image_size", "camera", "render_profile", "train_seed", "eval_seed", "num_train_states")
+            for name in (
+                "image_size",
+                "camera",
+                "render_profile",
+                "train_seed",
+                "eval_seed",
+                "num_train_states",
+                "num_eval_states",
+            )
         }
 
     def instruction(self, task_id: str) -> str:
@@ -97,7 +108,7 @@ class ToySuite:
         return _INSTRUCTIONS[task_id]
 
     def num_init_states(self, task_id: str, split: Split) -> int:
-        """`num_train_states`, and 50 held-out ones."""
+        """`num_train_states`, or `num_eval_states`."""
         del task_id
         return len(self._states[split])
 
