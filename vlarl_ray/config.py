@@ -211,7 +211,9 @@ class AlgorithmConfig:
     discount_mode: Literal["per_chunk", "smdp"] = "per_chunk"
     """`smdp` discounts by gamma^(executed env steps), inside the chunk too."""
     old_logprobs: Literal["engine", "learner"] = "engine"
-    """Reference of the ratio: the engine's (equal to the learner's in fp32), or the learner's own (for bf16)."""
+    """Reference of the ratio: the engine's (equal to the learner's in fp32), or the learner's own (for bf16 or lag)."""
+    max_importance_weight: PositiveFloat = 2.0
+    """With the learner's: a decision weighs its probability now over that when it was drawn, at most this."""
     ratio_level: Literal["token", "action", "chunk"] = "action"
     """One importance ratio per token, per env action or per chunk."""
     clip_ratio_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -266,8 +268,8 @@ class RolloutConfig:
     """Episodes per group (1 for PPO)."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature of training episodes."""
-    max_policy_lag: Annotated[int, Field(ge=0, le=0)] = 0
-    """Updates an episode may be old; only 0 (synchronous) so far."""
+    max_policy_lag: Annotated[int, Field(ge=0, le=1)] = 0
+    """Updates a decision may be old. 0: roll out, learn, in turn. 1: the next rollout runs while the learner learns."""
     episode_deadline_s: PositiveFloat = 120.0
     """An episode that takes longer counts as hung: its worker is replaced and it is redone with the same seed."""
     max_attempts: Positive = 3

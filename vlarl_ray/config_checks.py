@@ -44,6 +44,7 @@ def check_config(cfg: ExperimentConfig, environ: Mapping[str, str] = os.environ)
         _control,
         _memory,
         _devices,
+        _lag,
         _trust,
     )
     return [
@@ -271,7 +272,8 @@ def _control(cfg: ExperimentConfig) -> Iterator[Problem]:
 def _memory(cfg: ExperimentConfig) -> Iterator[Problem]:
     rollout = cfg.rollout
     decisions = -(-cfg.env.max_env_steps // cfg.model.chunk_length)
-    frames = rollout.groups_per_update * rollout.group_size * (decisions + 1)
+    iterations = 1 + rollout.max_policy_lag  # the next one rolls out while this one is learned from
+    frames = iterations * rollout.groups_per_update * rollout.group_size * (decisions + 1)
     if cfg.algorithm.name == "chunk_ppo":  # the buffer's frames stay in the object store
         frames += len(cfg.env.tasks) * cfg.algorithm.self_bc.capacity * (decisions + 1)
     planned = frames * cfg.env.image_size**2 * 3
@@ -314,6 +316,16 @@ def _devices(cfg: ExperimentConfig) -> Iterator[Problem]:
         advice = "must equal learner.dtype: sampling and scoring are one distribution; set both alike"
         message = f"inference.dtype = {cfg.inference.dtype}, learner.dtype = {cfg.learner.dtype}: {advice}."
         yield Problem(("inference.dtype", "learner.dtype"), message)
+
+
+def _lag(cfg: ExperimentConfig) -> Iterator[Problem]:
+    if cfg.rollout.max_policy_lag and cfg.algorithm.old_logprobs == "engine":
+        advice = (
+            "its decisions may be an update old, so the ratio must refer to the learner's log-probabilities; set "
+            "algorithm.old_logprobs to learner"
+        )
+        fields = ("rollout.max_policy_lag", "algorithm.old_logprobs")
+        yield Problem(fields, f"rollout.max_policy_lag = {cfg.rollout.max_policy_lag}: {advice}.")
 
 
 def _trust(cfg: ExperimentConfig) -> Iterator[Problem]:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,11 @@ from vlarl_ray.algorithms.base import Algorithm
 from vlarl_ray.config import ExperimentConfig
 from vlarl_ray.envs.base import Suite
 from vlarl_ray.evaluate import evaluate
+from vlarl_ray.inference.base import WrongVersionError
 from vlarl_ray.learner.group import LearnerGroup
 from vlarl_ray.recorder import RunRecorder
 from vlarl_ray.rewards.control import shuffle_rewards
-from vlarl_ray.rollout.groups import GroupRule, accept_rates
+from vlarl_ray.rollout.groups import GroupIntake, GroupRule, accept_rates
 from vlarl_ray.rollout.ledger import RolloutLedger
 from vlarl_ray.rollout.tasks import TaskSampler
 from vlarl_ray.transport import Transport
@@ -73,14 +76,18 @@ def train(cfg: ExperimentConfig, system: System) -> int:
     rule = GroupRule.from_config(cfg)
     if version == 0:
         recorder.log_evaluation("warm_start", evaluate(cfg.evaluation, system, version=0), iteration=0)
+    ahead: Future[GroupIntake] | None = None  # at lag 1, the rollout that runs while the learner learns
     while iteration < cfg.num_iterations and not recorder.is_out_of_time:
         with timer("rollout"):
-            draws = (draw.tasks for draw in system.sampler.draws(iteration, version=version))
-            intake = system.ledger.take(draws, rule)
+            intake = ahead.result() if ahead else roll_out(system, rule, iteration, version=version)
+        ahead = None
         system.sampler.observe(intake.attempted)
         iteration += 1
+        if cfg.rollout.max_policy_lag and iteration < cfg.num_iterations:
+            ahead = system.transport.background(partial(roll_out, system, rule, iteration, version=version))
         numbers = accept_rates(intake, system.suite.task_ids)
         groups = intake.accepted
+        check_versions(groups, version, max_lag=cfg.rollout.max_policy_lag)
         if not groups:  # nothing to learn from; counted, never hidden
             recorder.log_update(iteration, version, intake.attempted, numbers)
             continue
@@ -88,7 +95,7 @@ def train(cfg: ExperimentConfig, system: System) -> int:
             groups = shuffle_rewards(groups, seed=cfg.seed, iteration=iteration - 1)
         with timer("score"):
             scores = system.learner.score([t for group in groups for t in group.trajectories])
-        ratios = check_sampler_ratio(groups, scores, tolerance=cfg.trust.sampler_ratio_tolerance)
+        ratios = check_sampler_ratio(groups, scores, version=version, tolerance=cfg.trust.sampler_ratio_tolerance)
         with timer("batch"):
             batch = system.algorithm.make_batch(groups, scores, version=version)
             batch = replace(batch, progress=(iteration - 1) / cfg.num_iterations)
@@ -106,36 +113,63 @@ def train(cfg: ExperimentConfig, system: System) -> int:
             with timer("checkpoint"):
                 recorder.save(iteration, version, system)
         if cfg.evaluation.every_updates and version % cfg.evaluation.every_updates == 0:
+            wait([ahead] if ahead else [])  # one ledger, one thing at a time
             recorder.log_evaluation("update", evaluate(cfg.evaluation, system, version=version), iteration=iteration)
+    wait([ahead] if ahead else [])  # of a run that is out of time; its episodes are not used
     if version % cfg.checkpoint.every_updates:
         recorder.save(iteration, version, system)
     recorder.log_evaluation("final", evaluate(cfg.evaluation, system, version=version), iteration=iteration)
     return version
 
 
+def roll_out(system: System, rule: GroupRule, iteration: int, *, version: int) -> GroupIntake:
+    """Run the episodes of one iteration, drawn and answered with `version` or, at lag 1, with the next."""
+    return system.ledger.take((draw.tasks for draw in system.sampler.draws(iteration, version=version)), rule)
+
+
+def check_versions(groups: Sequence[TrajectoryGroup], version: int, *, max_lag: int) -> None:
+    """Require that every decision was made by weights no older than `max_lag` updates, and no newer than `version`.
+
+    Raises:
+        WrongVersionError: Naming the first episode of which that is not true.
+    """
+    for trajectory in (t for group in groups for t in group.trajectories):
+        oldest, newest = int(trajectory.policy_versions.min()), int(trajectory.policy_versions.max())
+        if oldest < version - max_lag or newest > version:
+            raise WrongVersionError(
+                f"{trajectory.task.task_id}, slot {trajectory.task.slot}: decided by versions {oldest} to {newest}; "
+                f"the update from version {version} takes {version - max_lag} to {version} "
+                f"(rollout.max_policy_lag = {max_lag})."
+            )
+
+
 def check_sampler_ratio(
-    groups: Sequence[TrajectoryGroup], scores: Sequence[Scores], *, tolerance: float
+    groups: Sequence[TrajectoryGroup], scores: Sequence[Scores], *, version: int, tolerance: float
 ) -> dict[str, Any]:
     """Compare two sources: exp(the learner's log-probability of each sampled chunk - the engine's), before any step.
 
     Args:
         groups: What the engine sampled.
-        scores: What the learner, under the same version, says of it.
+        scores: What the learner says of it.
+        version: The learner's; decisions of an older one (at lag 1) differ with reason and are not compared.
         tolerance: Largest accepted distance from 1.
 
     Returns:
-        The largest distance from 1, and over how many decisions.
+        The largest distance from 1 and over how many decisions; the mean and largest age of decisions, in updates.
 
     Raises:
         SamplerMismatchError: If the distance exceeds `tolerance`, naming task, slot and decision.
     """
     worst, where, count = 0.0, "", 0
+    ages: list[int] = []
     trajectories = [t for group in groups for t in group.trajectories]
     for trajectory, score in zip(trajectories, scores, strict=True):
         assert score.logprobs is not None
-        difference = np.where(trajectory.token_mask(), score.logprobs - trajectory.behaviour_logprobs, 0.0).sum(axis=1)
+        compared = trajectory.token_mask() & (trajectory.policy_versions == version)[:, None]
+        difference = np.where(compared, score.logprobs - trajectory.behaviour_logprobs, 0.0).sum(axis=1)
         distance = np.abs(np.expm1(difference))
-        count += len(distance)
+        count += int(compared.any(axis=1).sum())
+        ages += (version - trajectory.policy_versions).tolist()
         if not np.isfinite(distance).all():
             raise SamplerMismatchError(
                 f"sampler_ratio is not finite at {trajectory.task.task_id}, slot {trajectory.task.slot}, decision "
@@ -149,4 +183,9 @@ def check_sampler_ratio(
             f"sampler_ratio is {worst:.3g} away from 1 (allowed {tolerance:.3g}) at {where}: the engine samples from "
             "another distribution than the learner scores (stale weights, temperature, preprocessing or precision)."
         )
-    return {"learn/sampler_ratio_max_error": worst, "learn/sampler_ratio_decisions": float(count)}
+    return {
+        "learn/sampler_ratio_max_error": worst if count else None,
+        "learn/sampler_ratio_decisions": float(count),
+        "learn/policy_age_mean": float(np.mean(ages)),
+        "learn/policy_age_max": float(max(ages)),
+    }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+Result = TypeVar("Result")
 
 
 @runtime_checkable
@@ -26,6 +29,10 @@ class Transport(Protocol):
         """Store a value once and return a reference to it."""
         ...
 
+    def background(self, work: Callable[[], Result]) -> Future[Result]:
+        """Run driver code beside what the caller goes on to do, where there is something to run it beside."""
+        ...
+
     def fetch(self, references: Sequence[Any]) -> list[Any]:
         """Resolve references to (read-only) values; each is copied at most once per node."""
         ...
@@ -45,6 +52,12 @@ class LocalTransport:
     def put(self, value: Any) -> Any:
         """Return `value`."""
         return value
+
+    def background(self, work: Callable[[], Result]) -> Future[Result]:
+        """Run `work` now: everything is in one thread here."""
+        future: Future[Result] = Future()
+        future.set_result(work())
+        return future
 
     def fetch(self, references: Sequence[Any]) -> list[Any]:
         """Return the values."""

@@ -45,6 +45,8 @@ class TaskSpec:
     max_env_steps: int
     temperature: float
     """Sampling temperature; 0 is greedy."""
+    max_policy_lag: int = 0
+    """Updates after `policy_version` that may answer, too."""
     stop_on_success: bool = True
     """End the episode at its first success; False runs to the horizon (last-step success)."""
 
@@ -307,7 +309,8 @@ class TrainBatch:
     """Value targets."""
     old_values: Float32[np.ndarray, " B"]
     weights: Float32[np.ndarray, " B"]
-    """Length normalisation of the policy loss; 1 everywhere under `token_mean`."""
+    """Of the policy loss: length normalisation (1 under `token_mean`) times truncated importance weights, where the
+    learner's log-probabilities are the reference."""
     num_actions_per_decision: int
     """K, to split L tokens into K actions."""
     temperature: float

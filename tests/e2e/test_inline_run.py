@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.e2e.toy_run import episodes, evaluations, numbers, summary, toy_config
+from tests.e2e.toy_run import episodes, evaluations, numbers, summary, toy_config, with_lag
 from vlarl_ray.checkpoint import load_latest
 from vlarl_ray.config import SamplingConfig, SelfBCConfig
 from vlarl_ray.config_loader import ConfigError
@@ -188,6 +188,16 @@ def test_one_trainer_runs_every_kind_of_policy_unchanged_f27(tmp_path, policy, a
         assert row["canary/max_abs_logprob_diff"] <= 1e-4
     assert max(row["learn/grad_norm_actor"] for row in numbers(tmp_path)) > 0
     assert numbers(tmp_path)[-1]["version"] == 2
+
+
+def test_at_lag_1_each_rollout_after_the_first_is_one_update_old_f45(finished_run, tmp_path):
+    """In one process nothing runs beside the learner: the next rollout comes before the update, whole."""
+    cfg = with_lag(from_policy(finished_run, tmp_path))
+    assert run_training(cfg, inline=True, resume=False) == 0
+    assert [row["learn/policy_age_max"] for row in numbers(tmp_path)] == [0, 1, 1]
+    assert [row["learn/sampler_ratio_decisions"] > 0 for row in numbers(tmp_path)] == [True, False, False]
+    trained = [row for row in episodes(tmp_path) if row["split"] == "train"]
+    assert sorted({(row["iteration"], row["policy_version"]) for row in trained}) == [(0, 0), (1, 0), (2, 1)]
 
 
 def test_full_training_publishes_everything(finished_run, tmp_path):

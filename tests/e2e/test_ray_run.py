@@ -13,7 +13,7 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from tests.e2e.toy_run import episodes, numbers, toy_config  # noqa: E402
+from tests.e2e.toy_run import episodes, numbers, toy_config, with_lag  # noqa: E402
 from vlarl_ray.config import ClusterConfig, SamplingConfig  # noqa: E402
 from vlarl_ray.launch import run_training  # noqa: E402
 from vlarl_ray.remote.cluster import ClusterTooSmallError, reserve, wanted_resources  # noqa: E402
@@ -70,6 +70,18 @@ def test_inline_and_ray_give_equal_numbers_with_dynamic_sampling_and_cancelled_e
     run_training(on_ray, inline=False, resume=False)
     assert numbers(tmp_path / "inline") == numbers(tmp_path / "ray")
     assert episodes(tmp_path / "inline") == episodes(tmp_path / "ray")
+
+
+def test_at_lag_1_the_next_rollout_runs_while_the_learner_learns_f45(policy, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cfg = with_lag(toy_config(tmp_path, policy=str(policy / "policy"), num_iterations=4))
+    assert run_training(cfg, inline=False, resume=False) == 0
+    rows = numbers(tmp_path)
+    assert [row["version"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0]["learn/policy_age_max"] == 0
+    assert {row["learn/policy_age_max"] for row in rows[1:]} <= {0, 1}
+    assert all((row["learn/sampler_ratio_max_error"] or 0.0) <= 1e-4 for row in rows)
+    assert len([row for row in episodes(tmp_path) if row["split"] == "train"]) == 4 * 8
 
 
 def test_env_workers_share_the_gpus_of_the_servers_evenly(cluster, policy, tmp_path):

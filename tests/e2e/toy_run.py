@@ -66,6 +66,15 @@ def toy_config(run_dir: Path, **changes) -> ExperimentConfig:
     return replace(cfg, **changes)
 
 
+def with_lag(cfg: ExperimentConfig) -> ExperimentConfig:
+    return replace(
+        cfg,
+        algorithm=replace(cfg.algorithm, old_logprobs="learner"),
+        rollout=replace(cfg.rollout, max_policy_lag=1),
+        trust=replace(cfg.trust, deterministic=False),
+    )
+
+
 def numbers(run_dir: Path) -> list[dict]:
     """Everything in `metrics.jsonl` that does not depend on how fast the machine is."""
     return [

@@ -67,11 +67,31 @@ def build_batch(
         advantages=normalize_advantages(rows) if normalize else rows,
         returns=_float_rows(returns),
         old_values=_float_rows([_values(s, n) for s, n in zip(scores, counts, strict=True)]),
-        weights=_length_weights(cfg, trajectories, token_mask),
+        weights=_length_weights(cfg, trajectories, token_mask) * importance_weights(cfg, trajectories, scores),
         num_actions_per_decision=trajectories[0].rewards.shape[1],
         temperature=_common_temperature(trajectories),
         policy_version=version,
     )
+
+
+def importance_weights(
+    cfg: AlgorithmConfig, trajectories: Sequence[Trajectory], scores: Sequence[Scores]
+) -> Float32[np.ndarray, " B"]:
+    """Correct for decisions drawn from other weights, or in another precision, than the ratio refers to.
+
+    Returns:
+        1 where the engine's log-probabilities are the reference. Else min(p_learner / p_engine, cap) of each chunk,
+        over executed tokens: the expectation is under the distribution the chunk was drawn from.
+
+    Source:
+        Truncated importance sampling, Ionides 2008, J. Comput. Graph. Stat. 17(2).
+    """
+    if cfg.old_logprobs == "engine":
+        return np.ones(sum(trajectory.num_decisions for trajectory in trajectories), np.float32)
+    drawn = concatenate_rows([trajectory.behaviour_logprobs for trajectory in trajectories])
+    mask = concatenate_rows([trajectory.token_mask() for trajectory in trajectories])
+    log_weights = np.where(mask, _old_logprobs(cfg, trajectories, scores) - drawn, 0.0).sum(axis=1)
+    return np.exp(np.minimum(log_weights, np.log(cfg.max_importance_weight))).astype(np.float32)
 
 
 def _length_weights(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
+
+from vlarl_ray.transport import Result
 
 
 class RayTransport:
@@ -33,6 +37,19 @@ class RayTransport:
     def put(self, value: Any) -> Any:
         """Store a value in the object store."""
         return ray.put(value)
+
+    def background(self, work: Callable[[], Result]) -> Future[Result]:
+        """Run `work` on a thread of its own; it mostly waits on actors. It ends with the process, finished or not."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the one who waits
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="background", daemon=True).start()
+        return future
 
     def fetch(self, references: Sequence[Any]) -> list[Any]:
         """Resolve references; numpy arrays are read-only views of shared memory."""

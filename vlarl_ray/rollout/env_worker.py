@@ -175,6 +175,7 @@ class EnvWorker:
                 noise_keys=np.array([e.task.noise_key(e.num_decisions) for e in episodes], dtype=np.uint64),
                 temperature=task.temperature,
                 policy_version=task.policy_version,
+                max_policy_lag=task.max_policy_lag,
             )
         )
 
