@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for the user's own classes, as with `python -m`; Ray's workers have it anyway
     try:
         return command.run(args, overrides)
     except KeyboardInterrupt:

@@ -129,7 +129,7 @@ def _parse_yaml(text: str) -> Any:
 def _read_preset(preset: str, problems: list[Problem]) -> dict[str, Any]:
     path = Path(preset)
     if not path.is_file():
-        nearby = [str(file) for folder in (path.parent, Path("jobs")) for file in folder.glob("*.y*ml")]
+        nearby = sorted({str(file) for folder in (path.parent, Path("jobs")) for file in folder.glob("*.y*ml")})
         advice = suggest(preset, nearby) if nearby else "name a YAML file, or name none to start from the defaults"
         problems.append(Problem((), f"preset {preset!r} is no file; {advice}."))
         return {}

@@ -21,7 +21,7 @@ from vlarl_ray.envs.base import Suite
 from vlarl_ray.recorder import RunRecorder
 from vlarl_ray.rollout.ledger import EpisodePool, InlinePool, RolloutLedger
 from vlarl_ray.rollout.tasks import TaskSampler
-from vlarl_ray.run_folder import check_run_dir
+from vlarl_ray.run_folder import check_run_dir, sole_writer
 from vlarl_ray.summary import PeakMemory, RunSummary, describe_machine, installed_versions
 from vlarl_ray.transport import LocalTransport, Transport
 
@@ -52,7 +52,7 @@ def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
         resume: Continue the run that is in the run folder.
 
     Returns:
-        Exit code 0.
+        Exit code 0; 128 plus the signal's number where a signal ended the run early.
 
     Raises:
         ClusterTooSmallError: Before anything is written, if the cluster cannot hold the run.
@@ -69,6 +69,7 @@ def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
     with ExitStack() as stack:
         if not inline:
             join_ray(cfg, stack)
+        stack.enter_context(sole_writer(run_dir_of(cfg)))
         run_dir = prepare_run_dir(cfg, is_training=True)
         memory = stack.enter_context(PeakMemory())
         policy_dir, summary = warm_start(cfg, suite, run_dir)
@@ -85,14 +86,16 @@ def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
             seconds_before=seconds_before,
         )
         stack.callback(recorder.close)
+        stack.enter_context(recorder.stop_on_signals())
         system = build_system(cfg, suite, where, recorder)
         seed_buffer(cfg, system, run_dir)
         version = train(cfg, system)
-        [update] = where.transport.fetch([system.learner.weight_update(version)[0]])
-        save_trained_policy(policy_dir, update, run_dir / TRAINED_POLICY)
+        if recorder.stop_signal is None:
+            [update] = where.transport.fetch([system.learner.weight_update(version)[0]])
+            save_trained_policy(policy_dir, update, run_dir / TRAINED_POLICY)
     recorder.write_summary()
     _LOG.info("report: %s", write_report(str(run_dir)))
-    return 0
+    return recorder.exit_code
 
 
 def run_collect(cfg: ExperimentConfig) -> int:
@@ -101,7 +104,8 @@ def run_collect(cfg: ExperimentConfig) -> int:
 
     suite = make_suite(cfg.env)
     check_simulator(cfg, suite)
-    demos = demonstrations(cfg, suite, prepare_run_dir(cfg))
+    with sole_writer(run_dir_of(cfg)):
+        demos = demonstrations(cfg, suite, prepare_run_dir(cfg))
     _LOG.info("%d demonstrations, %d env steps", len(demos), sum(len(demo.actions) for demo in demos))
     return 0
 
@@ -110,8 +114,8 @@ def run_sft(cfg: ExperimentConfig) -> int:
     """Collect demonstrations and fine-tune a policy on them, into the run folder."""
     suite = make_suite(cfg.env)
     check_simulator(cfg, suite)
-    run_dir = prepare_run_dir(cfg)
-    policy_dir, _ = warm_start(cfg, suite, run_dir)
+    with sole_writer(run_dir_of(cfg)):
+        policy_dir, _ = warm_start(cfg, suite, prepare_run_dir(cfg))
     _LOG.info("policy: %s", policy_dir)
     return 0
 

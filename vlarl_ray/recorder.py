@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -96,6 +99,8 @@ class RunRecorder:
         seconds_before: float = 0.0,
     ) -> None:
         self.timer = Timer()
+        self.stop_signal: int | None = None
+        """Signal that asked for the end of the run."""
         self.counters = LedgerCounters()
         self._run_dir = Path(run_dir)
         self._cfg = cfg
@@ -118,6 +123,7 @@ class RunRecorder:
             else ({"metrics.jsonl": 0, "evaluations.jsonl": 0} if resume else None),
         )
         self._episodes = EpisodeTable(run_dir, resume_from=state.get("num_episodes", 0) if resume else None)
+        self._iterations = state.get("iteration", 0)
         self._mark = time.perf_counter()
         self._last_counters = replace(self.counters)
         self._num_gpus = (
@@ -131,6 +137,35 @@ class RunRecorder:
         """Whether the RL part has used up `max_rl_seconds`."""
         limit = self._cfg.max_rl_seconds
         return limit is not None and self.totals.rl_seconds >= limit
+
+    @contextmanager
+    def stop_on_signals(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT for a wish to stop: after the current iteration, with a checkpoint.
+
+        A second one ends the process at once. Signals reach the main thread only, so elsewhere nothing changes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            del frame
+            self.stop_signal = number
+            _LOG.warning("%s: stopping after this iteration; once more stops at once", signal.Signals(number).name)
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    @property
+    def exit_code(self) -> int:
+        """Of the process: 0, or 128 plus the number of the signal that ended the run early."""
+        return 0 if self.stop_signal is None else 128 + self.stop_signal
 
     def restore(self, system: RunState) -> tuple[int, int]:
         """Load the checkpoint, if the run continues from one.
@@ -195,6 +230,7 @@ class RunRecorder:
         }
         self._last_counters = replace(self.counters)
         self._logger.log(rollout, numbers, times, extra, iteration=iteration - 1, version=version)
+        self._iterations = iteration
         self.totals.other_seconds += self._lap()
 
     def log_evaluation(self, label: str, evaluation: Evaluation, *, iteration: int) -> None:
@@ -221,6 +257,9 @@ class RunRecorder:
         totals = self.totals
         self.summary = replace(
             self.summary,
+            updates=totals.updates,
+            iterations=self._iterations,
+            planned_iterations=self._cfg.num_iterations,
             rl_seconds=totals.rl_seconds,
             total_seconds=totals.rl_seconds + totals.other_seconds,
             env_steps=totals.env_steps,

@@ -1,10 +1,14 @@
-"""Which folder a run writes to, and whether that folder is free."""
+"""Which folder a run writes to, whether that folder is free, and that one process at a time writes to it."""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,39 @@ from vlarl_ray.config_checks import Problem
 CONFIG_FILE = "config.json"
 
 MAY_CHANGE_ON_RESUME = ("run_dir", "num_iterations", "max_rl_seconds", "cluster", "metrics", "checkpoint")
-"""What does not change the course of a run, or only its end."""
+"""What does not change the course of a run, or only its end. (`num_iterations` does where learning rates follow it.)"""
+
+
+LOCK_FILE = ".lock"
+
+
+class RunFolderBusyError(ValueError):
+    """Another process writes to the run folder."""
+
+
+@contextmanager
+def sole_writer(run_dir: str | Path) -> Iterator[None]:
+    """Hold the run folder, which is made if it is not there; the system lets it go when the process ends, however.
+
+    Raises:
+        RunFolderBusyError: If another process holds it.
+    """
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise RunFolderBusyError(
+                f"run_dir = {str(run_dir)!r}: another process writes to it ({owner}); wait for it or stop it, or "
+                "choose another --run-dir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def run_dir_of(config: ExperimentConfig) -> str:
@@ -40,7 +76,10 @@ def check_run_dir(config: ExperimentConfig, *, resume: bool) -> list[Problem]:
     if not isinstance(saved, dict):
         return [_problem(run_dir, f"its {CONFIG_FILE} is damaged; choose another --run-dir")]
     current = json.loads(json.dumps(dataclasses.asdict(config)))
+    _add_new_fields(saved, json.loads(json.dumps(dataclasses.asdict(ExperimentConfig()))))
     free = {*MAY_CHANGE_ON_RESUME, *(["model"] if config.policy is not None else [])}  # the policy brings its model
+    if config.learner.final_learning_rate_fraction < 1:  # the schedule is stretched over the planned iterations
+        free -= {"num_iterations"}
     changed = [path for path in _differences(saved, current) if path.split(".")[0] not in free]
     if changed:
         listed = ", ".join(changed[:6]) + (f" and {len(changed) - 6} more" if len(changed) > 6 else "")
@@ -49,6 +88,15 @@ def check_run_dir(config: ExperimentConfig, *, resume: bool) -> list[Problem]:
     if not resume:
         return [_problem(run_dir, "holds this run already; add --resume to go on with it, or choose another --run-dir")]
     return []
+
+
+def _add_new_fields(saved: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Give a config of an earlier version the fields that came later, at their defaults, as it ran with those."""
+    for key, default in defaults.items():
+        if key not in saved:
+            saved[key] = default
+        elif isinstance(default, dict) and isinstance(saved[key], dict):
+            _add_new_fields(saved[key], default)
 
 
 def _problem(run_dir: str, advice: str) -> Problem:

@@ -30,6 +30,12 @@ class RunSummary:
     """Evaluation before RL: `EvaluationResult.summary()`."""
     final: Mapping[str, Any] | None = None
     """Evaluation after RL; null until training is over."""
+    updates: int | None = None
+    """Updates of the policy so far."""
+    iterations: int | None = None
+    """Iterations so far; those without an accepted group made no update."""
+    planned_iterations: int | None = None
+    """`num_iterations`; fewer were run where `max_rl_seconds` or a signal ended the run."""
     rl_seconds: float | None = None
     """Wall time of the RL part, interruptions left out."""
     total_seconds: float | None = None

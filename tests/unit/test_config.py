@@ -83,7 +83,7 @@ BROKEN = {
     ),
     "infinite": (["--sft.learning_rate", ".inf"], "sft.learning_rate = inf: must be finite"),
     "not a number": (["--sft.learning_rate", ".nan"], "sft.learning_rate = nan: must be a number > 0"),
-    "lag": (["--rollout.max_policy_lag", "1"], "rollout.max_policy_lag = 1: must be an integer >= 0 and <= 0"),
+    "lag": (["--rollout.max_policy_lag", "2"], "rollout.max_policy_lag = 2: must be an integer >= 0 and <= 1"),
     "seed too large": (["--seed", str(2**70)], "must be an integer >= 0 and < 4611686018427387904"),
     "decay of one": (["--learner.adam_betas", "[1, 0.9]"], "learner.adam_betas[0] = 1"),
     "empty value": (["--run_dir", ""], "run_dir = '': is empty (an unset variable?)"),

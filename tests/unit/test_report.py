@@ -121,7 +121,7 @@ def test_unfinished_run_gets_what_there_is(tmp_path, label):
     if label is not None:
         log_evaluation(log, label, make_evaluation(success=lambda task, s: False))
     words = " ".join(Page(write_report(tmp_path).read_text()).words)
-    assert "not finished: 1 updates so far" in words
+    assert "not finished: 1 iterations so far" in words
     assert ("No evaluation has been logged yet" in words) == (label is None)
     assert ("after 1 updates" in words) == (label == "update")
 

@@ -28,6 +28,9 @@ def connect(cfg: ExperimentConfig) -> bool:
 
     Returns:
         True if a local Ray was started (and should be shut down at the end).
+
+    Raises:
+        ValueError: If nodes are to be waited for, and no cluster is there to add them.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Metrics and logs of a library user are theirs; Ray's own INFO lines would break the progress bar.
@@ -37,6 +40,11 @@ def connect(cfg: ExperimentConfig) -> bool:
     if address:
         ray.init(address=address, **options)
         return False
+    if cfg.cluster.elastic:
+        raise ValueError(
+            "cluster.elastic = true: there is no cluster to join, and a locally started Ray has no autoscaler. Submit "
+            "the run as a Ray job, name a cluster in cluster.address, or set cluster.elastic to false."
+        )
     ray.init(
         address="local",
         object_store_memory=cfg.cluster.object_store_bytes,

@@ -86,7 +86,7 @@ def _page(run: RunData) -> str:
 def _header(run: RunData) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.summary.versions.items())
     tasks = ", ".join(run.config.get("env", {}).get("tasks", ()))
-    state = "finished" if run.is_finished else f"not finished: {len(run.rows)} updates so far"
+    state = "finished" if run.is_finished else f"not finished: {len(run.rows)} iterations so far"
     seed = run.config.get("seed")
     first = f"seed {seed} · " if seed is not None else ""
     lines = [f"{first}{state}", f"Tasks: {tasks}" if tasks else "", run.summary.machine, versions]
@@ -104,6 +104,11 @@ def _notes(run: RunData) -> str:
     before, after = run.before, run.after
     if before and after and before.get("temperature") != after.get("temperature"):
         notes.append("Decoding differs before and after (temperature), so the two are not comparable.")
+    done, planned = run.summary.iterations, run.summary.planned_iterations
+    if run.is_finished and done is not None and planned is not None and done < planned:
+        notes.append(
+            f"<b>Ended early</b>: {done} of {planned} planned iterations; max_rl_seconds was used up before the rest."
+        )
     if run.config.get("rollout", {}).get("shuffle_rewards"):
         notes.append("<b>Negative control</b>: rewards were shuffled; success is not supposed to rise.")
     return "".join(f'<div class="note">{note}</div>' for note in notes)
@@ -118,7 +123,7 @@ def _tiles(run: RunData) -> str:
         ("scripted expert's steps", _number(summary.expert_steps_to_success, ".0f")),
         ("RL part / whole run", f"{_duration(summary.rl_seconds)} / {_duration(summary.total_seconds)}"),
         ("training env steps", _number(summary.env_steps, ",d")),
-        ("env steps a second", _number(summary.env_steps_per_s, ",.0f")),
+        ("env steps a second, during rollouts", _number(summary.env_steps_per_s, ",.0f")),
         ("peak memory", _bytes(summary.peak_rss_bytes)),
         ("published an update / full model", f"{published} / {_bytes(summary.model_bytes)}"),
     ]
