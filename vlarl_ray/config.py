@@ -464,6 +464,8 @@ class ExperimentConfig:
     """Rollout iterations (attempts at an update)."""
     max_rl_seconds: PositiveFloat | None = None
     """Stop the RL part after the iteration that passes this wall time."""
+    max_rl_env_steps: Positive | None = None
+    """Stop the RL part after the iteration that passes this many env steps of training (to compare at equal cost)."""
     env: EnvConfig = field(default_factory=EnvConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -133,10 +133,12 @@ class RunRecorder:
         )
 
     @property
-    def is_out_of_time(self) -> bool:
-        """Whether the RL part has used up `max_rl_seconds`."""
-        limit = self._cfg.max_rl_seconds
-        return limit is not None and self.totals.rl_seconds >= limit
+    def is_over_budget(self) -> bool:
+        """Whether the RL part has used up `max_rl_seconds` or `max_rl_env_steps`."""
+        seconds, env_steps = self._cfg.max_rl_seconds, self._cfg.max_rl_env_steps
+        return (seconds is not None and self.totals.rl_seconds >= seconds) or (
+            env_steps is not None and self.totals.env_steps >= env_steps
+        )
 
     @contextmanager
     def stop_on_signals(self) -> Iterator[None]:

@@ -17,7 +17,15 @@ from vlarl_ray.config_checks import Problem
 
 CONFIG_FILE = "config.json"
 
-MAY_CHANGE_ON_RESUME = ("run_dir", "num_iterations", "max_rl_seconds", "cluster", "metrics", "checkpoint")
+MAY_CHANGE_ON_RESUME = (
+    "run_dir",
+    "num_iterations",
+    "max_rl_seconds",
+    "max_rl_env_steps",
+    "cluster",
+    "metrics",
+    "checkpoint",
+)
 """What does not change the course of a run, or only its end. (`num_iterations` does where learning rates follow it.)"""
 
 

@@ -35,7 +35,7 @@ class RunSummary:
     iterations: int | None = None
     """Iterations so far; those without an accepted group made no update."""
     planned_iterations: int | None = None
-    """`num_iterations`; fewer were run where `max_rl_seconds` or a signal ended the run."""
+    """`num_iterations`; fewer were run where a budget or a signal ended the run."""
     rl_seconds: float | None = None
     """Wall time of the RL part, interruptions left out."""
     total_seconds: float | None = None

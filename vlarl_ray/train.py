@@ -59,7 +59,7 @@ class System:
 
 
 def train(cfg: ExperimentConfig, system: System) -> int:
-    """Improve the policy until `cfg.num_iterations`, or until `cfg.max_rl_seconds` have passed.
+    """Improve the policy until `cfg.num_iterations`, or until its budget of seconds or env steps is used up.
 
     Returns:
         The last version.
@@ -77,7 +77,7 @@ def train(cfg: ExperimentConfig, system: System) -> int:
     if version == 0:
         recorder.log_evaluation("warm_start", evaluate(cfg.evaluation, system, version=0), iteration=0)
     ahead: Future[GroupIntake] | None = None  # at lag 1, the rollout that runs while the learner learns
-    while iteration < cfg.num_iterations and not (recorder.is_out_of_time or recorder.stop_signal):
+    while iteration < cfg.num_iterations and not (recorder.is_over_budget or recorder.stop_signal):
         with timer("rollout"):
             intake = ahead.result() if ahead else roll_out(system, rule, iteration, version=version)
         ahead = None
@@ -116,7 +116,7 @@ def train(cfg: ExperimentConfig, system: System) -> int:
         if cfg.evaluation.every_updates and version % cfg.evaluation.every_updates == 0 and not is_last:
             wait([ahead] if ahead else [])  # one ledger, one thing at a time
             recorder.log_evaluation("update", evaluate(cfg.evaluation, system, version=version), iteration=iteration)
-    wait([ahead] if ahead else [])  # of a run that is out of time; its episodes are not used
+    wait([ahead] if ahead else [])  # of a run over its budget; these episodes are not used
     if version % cfg.checkpoint.every_updates:
         recorder.save(iteration, version, system)
     if recorder.stop_signal:

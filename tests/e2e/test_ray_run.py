@@ -16,7 +16,7 @@ ray = pytest.importorskip("ray")
 from tests.e2e.toy_run import episodes, numbers, toy_config, with_lag  # noqa: E402
 from vlarl_ray.config import ClusterConfig, SamplingConfig  # noqa: E402
 from vlarl_ray.launch import run_training  # noqa: E402
-from vlarl_ray.remote.cluster import ClusterTooSmallError, reserve, wanted_resources  # noqa: E402
+from vlarl_ray.remote.cluster import ClusterTooSmallError, connect, reserve, wanted_resources  # noqa: E402
 from vlarl_ray.remote.system import build_remote  # noqa: E402
 
 pytestmark = pytest.mark.ray
@@ -116,6 +116,14 @@ def test_a_cluster_too_small_is_refused_before_anything_starts_or_is_written(clu
         run_training(cfg, inline=False, resume=False)
     assert not (tmp_path / "run").exists()
     monkeypatch.undo()
+
+
+def test_waiting_for_nodes_that_nothing_would_add_is_refused_before_ray_starts(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cfg = toy_config(tmp_path / "run")
+    with pytest.raises(ValueError, match="a locally started Ray has no autoscaler"):
+        connect(replace(cfg, cluster=replace(cfg.cluster, elastic=True)))
+    assert not ray.is_initialized()
 
 
 def test_places_that_do_not_come_are_an_error_and_not_a_hang(cluster, tmp_path):

@@ -60,7 +60,8 @@ def test_it_goes_on_where_it_was(whole, tmp_path, number, code):
     assert summary(tmp_path)["planned_iterations"] == summary(tmp_path)["iterations"] == 30
 
 
-def test_a_run_that_is_out_of_time_says_so(tmp_path):
-    assert vlarl(tmp_path, "--max_rl_seconds", "0.01").wait() == 0
+@pytest.mark.parametrize("budget", [("--max_rl_seconds", "0.01"), ("--max_rl_env_steps", "100")])
+def test_a_run_that_has_used_its_budget_ends_and_says_so(tmp_path, budget):
+    assert vlarl(tmp_path, *budget).wait() == 0
     assert (summary(tmp_path)["iterations"], summary(tmp_path)["planned_iterations"]) == (1, 30)
     assert "1 of 30 planned iterations" in (tmp_path / "report.html").read_text()

@@ -107,7 +107,7 @@ def _notes(run: RunData) -> str:
     done, planned = run.summary.iterations, run.summary.planned_iterations
     if run.is_finished and done is not None and planned is not None and done < planned:
         notes.append(
-            f"<b>Ended early</b>: {done} of {planned} planned iterations; max_rl_seconds was used up before the rest."
+            f"<b>Ended early</b>: {done} of {planned} planned iterations; the time or env steps allowed were used up."
         )
     if run.config.get("rollout", {}).get("shuffle_rewards"):
         notes.append("<b>Negative control</b>: rewards were shuffled; success is not supposed to rise.")

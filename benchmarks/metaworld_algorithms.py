@@ -1,0 +1,106 @@
+"""Six configurations on the laptop preset's tasks: same warm start, same env steps, three seeds; success and speed.
+
+Each seed starts all configurations from one policy, fine-tuned as the preset says. Training stops at the same number of
+simulated env steps, rejected groups included. Finished runs are kept and the table is written after each, so the script
+can be interrupted at any time; a run takes about ten minutes on two cores.
+
+    python -m benchmarks.metaworld_algorithms [--seeds 0 1 2] [--folder DIR] [--only NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks._results import current_commit, read_result, write_result
+from vlarl_ray.metrics.logger import read_jsonl
+from vlarl_ray.summary import read_summary
+
+PRESET = "jobs/laptop.yaml"
+ENV_STEPS = 250_000
+GROUPS = ("--rollout.groups_per_update", 10, "--rollout.group_size", 6, "--algorithm.critic_warmup_updates", 0)
+VARIANTS: dict[str, tuple[Any, ...]] = {
+    "PPO, action-level ratio": (),
+    "PPO, chunk-level ratio": ("--algorithm.ratio_level", "chunk"),
+    "RLOO": ("--algorithm.name", "rloo", *GROUPS),
+    "RLOO, dynamic sampling": ("--algorithm.name", "rloo", *GROUPS, "--sampling.dynamic", "true"),
+    "GRPO": ("--algorithm.name", "grpo", *GROUPS),
+    "chunk PPO + self-BC": ("--algorithm.name", "chunk_ppo", "--algorithm.ratio_level", "chunk"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-metaworld-algorithms"))
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    args = parser.parse_args()
+    figures = read_result("metaworld_algorithms")
+    for seed in args.seeds:
+        policy = warm_start(seed, args.folder)
+        for name in args.only:
+            run_dir = args.folder / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+            run(name, seed, run_dir, policy)
+            figures.setdefault(name, {})[f"seed {seed}"] = read_run(run_dir)
+            show(figures)
+            print("wrote", write_result("metaworld_algorithms", figures), flush=True)
+
+
+def warm_start(seed: int, folder: Path) -> Path:
+    """Fine-tune the policy that all configurations of a seed start from."""
+    run_dir = folder / f"warm-start-seed{seed}"
+    if not (run_dir / "policy" / "config.json").exists():
+        vlarl("sft", PRESET, "--seed", seed, "--run-dir", run_dir)
+    return run_dir / "policy"
+
+
+def run(name: str, seed: int, run_dir: Path, policy: Path) -> None:
+    """Run one configuration, or the rest of it."""
+    summary = read_summary(run_dir)
+    if summary is not None and summary.final is not None:
+        return
+    resume = ["--resume"] if run_dir.exists() else []
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "benchmark_origin.json").write_text(json.dumps({"commit": current_commit()}))
+    vlarl(
+        "train", PRESET, "--seed", seed, "--run-dir", run_dir, "--policy", policy, "--demos.path",
+        policy.parent / "demos", "--max_rl_env_steps", ENV_STEPS, "--max_rl_seconds", "null", *resume, *VARIANTS[name],
+    )  # fmt: skip
+
+
+def vlarl(*words: Any) -> None:
+    print("+ vlarl", *words, flush=True)
+    subprocess.run([str(Path(sys.executable).parent / "vlarl"), *map(str, words)], check=True)
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """Figures of a finished run."""
+    figures: dict[str, Any] = {}
+    for row in read_jsonl(run_dir / "evaluations.jsonl"):
+        names = ("success_rate", "ci_low", "ci_high", "steps_to_success", "steps_to_success_all")
+        tasks = {task["task_id"]: task["success_rate"] for task in row["per_task"]}
+        figures[row["label"]] = {**{name: row[name] for name in names}, "per_task": tasks}
+    summary = read_summary(run_dir)
+    assert summary is not None
+    figures |= {"env_steps": summary.env_steps, "updates": summary.updates, "rl_seconds": summary.rl_seconds}
+    return {**figures, **json.loads((run_dir / "benchmark_origin.json").read_text())}
+
+
+def show(figures: dict[str, Any]) -> None:
+    for name, seeds in figures.items():
+        for seed, figure in seeds.items():
+            before, after = figure["warm_start"], figure["final"]
+            print(
+                f"{name:26} {seed}: {before['success_rate']:.3f} -> {after['success_rate']:.3f} "
+                f"[{after['ci_low']:.3f}, {after['ci_high']:.3f}], steps over all episodes "
+                f"{before['steps_to_success_all']:.1f} -> {after['steps_to_success_all']:.1f}, "
+                f"{figure['env_steps']} env steps in {figure['updates']} updates, {figure['rl_seconds']:.0f} s"
+            )
+
+
+if __name__ == "__main__":
+    main()
