@@ -18,10 +18,11 @@ from vlarl_ray.config_loader import ConfigError, config_to_json, run_dir_of
 from vlarl_ray.demos.expert import expert_reference
 from vlarl_ray.envs import make_suite
 from vlarl_ray.envs.base import Suite
+from vlarl_ray.files import write_whole
 from vlarl_ray.recorder import RunRecorder
 from vlarl_ray.rollout.ledger import EpisodePool, InlinePool, RolloutLedger
 from vlarl_ray.rollout.tasks import TaskSampler
-from vlarl_ray.run_folder import check_run_dir, sole_writer
+from vlarl_ray.run_folder import check_evaluation_dir, check_run_dir, sole_writer
 from vlarl_ray.summary import PeakMemory, RunSummary, describe_machine, installed_versions
 from vlarl_ray.transport import LocalTransport, Transport
 
@@ -124,9 +125,15 @@ def run_evaluate(cfg: ExperimentConfig, policy: str) -> int:
     """Evaluate a policy folder on the held-out initial states, without Ray; nothing of a run in the folder changes.
 
     The result goes to a new file `evaluation-<number>.json` of the run folder.
+
+    Raises:
+        ConfigError: If the folder is that of a run on another env.
     """
     from vlarl_ray.evaluate import evaluate
 
+    problems = check_evaluation_dir(cfg)
+    if problems:
+        raise ConfigError([problem.message for problem in problems])
     cfg = with_policys_model(replace(cfg, policy=policy))
     suite = make_suite(cfg.env)
     with PeakMemory() as memory, processes(cfg, Path(policy), inline=True, memory=memory) as where:
@@ -136,7 +143,7 @@ def run_evaluate(cfg: ExperimentConfig, policy: str) -> int:
     run_dir = Path(run_dir_of(cfg))
     run_dir.mkdir(parents=True, exist_ok=True)
     path = next(p for n in itertools.count() if not (p := run_dir / f"evaluation-{n}.json").exists())
-    path.write_text(json.dumps({"policy": policy, **result.to_dict()}, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps({"policy": policy, **result.to_dict()}, indent=2) + "\n")
     _LOG.info(
         "%s: success %.3f [%.3f, %.3f], %d episodes, %s; %s",
         policy, result.success_rate, result.ci_low, result.ci_high, result.episodes, result.split, path,
@@ -178,7 +185,7 @@ def prepare_run_dir(cfg: ExperimentConfig, *, is_training: bool = False) -> Path
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.json"
     if is_training or not path.exists():
-        path.write_text(config_to_json(cfg), encoding="utf-8")
+        write_whole(path, config_to_json(cfg))
     return run_dir
 
 

@@ -75,16 +75,15 @@ def check_run_dir(config: ExperimentConfig, *, resume: bool) -> list[Problem]:
     """
     run_dir = run_dir_of(config)
     path = Path(run_dir) / CONFIG_FILE
-    if not path.is_file():
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        return [_problem(run_dir, f"{there} cannot be written to; choose another --run-dir")]
+    saved = _saved_config(path)
+    if saved is None:
         return []
-    try:
-        saved = json.loads(path.read_bytes())
-    except ValueError:
-        saved = None
-    if not isinstance(saved, dict):
+    if not saved:
         return [_problem(run_dir, f"its {CONFIG_FILE} is damaged; choose another --run-dir")]
-    current = json.loads(json.dumps(dataclasses.asdict(config)))
-    _add_new_fields(saved, json.loads(json.dumps(dataclasses.asdict(ExperimentConfig()))))
+    current = _as_json(config)
     free = {*MAY_CHANGE_ON_RESUME, *(["model"] if config.policy is not None else [])}  # the policy brings its model
     if config.learner.final_learning_rate_fraction < 1:  # the schedule is stretched over the planned iterations
         free -= {"num_iterations"}
@@ -105,6 +104,41 @@ def _add_new_fields(saved: dict[str, Any], defaults: Mapping[str, Any]) -> None:
             saved[key] = default
         elif isinstance(default, dict) and isinstance(saved[key], dict):
             _add_new_fields(saved[key], default)
+
+
+def check_evaluation_dir(config: ExperimentConfig) -> list[Problem]:
+    """Find out whether an evaluation belongs into its run folder: that of no run, or of one on the same env.
+
+    Args:
+        config: The evaluation.
+    """
+    run_dir = run_dir_of(config)
+    saved = _saved_config(Path(run_dir) / CONFIG_FILE)
+    if not saved:
+        return []
+    changed = _differences(saved["env"], _as_json(config)["env"], "env.")
+    if changed:
+        advice = "give the run's own preset and overrides, or choose another --run-dir for this evaluation"
+        return [_problem(run_dir, f"holds a run on another env ({', '.join(changed)} differ); {advice}")]
+    return []
+
+
+def _as_json(config: ExperimentConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _saved_config(path: Path) -> dict[str, Any] | None:
+    """Read a run's config, with the defaults of fields it lacks; None if there is none, empty if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    if not isinstance(saved, dict):
+        return {}
+    _add_new_fields(saved, _as_json(ExperimentConfig()))
+    return saved
 
 
 def _problem(run_dir: str, advice: str) -> Problem:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from vlarl_ray.evaluation_results import EvaluationResult
+from vlarl_ray.files import write_whole
 
 _VERSIONED = (
     "vlarl_ray", "torch", "transformers", "peft", "ray", "vllm", "metaworld", "mujoco", "numpy", "pyarrow",
@@ -73,17 +74,9 @@ class RunSummary:
 
 
 def write_summary(run_dir: str | Path, summary: RunSummary) -> Path:
-    """Write `summary.json`, whole or not at all (a temporary file is renamed over the old one)."""
-    path = Path(run_dir) / "summary.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(asdict(summary), file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return path
+    """Write `summary.json`."""
+    text = json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n"
+    return write_whole(Path(run_dir) / "summary.json", text)
 
 
 def read_summary(run_dir: str | Path) -> RunSummary | None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +128,7 @@ def test_a_machine_that_cannot_draw_is_told_before_anything_is_written(command, 
     folder = tmp_path / "run"
     code = f"""
 import sys
+from pathlib import Path
 from vlarl_ray.envs import gl
 gl.describe_gl = lambda backend, **_: (_ for _ in ()).throw(gl.GLUnavailableError(backend + " is not here"))
 from vlarl_ray.cli import main
@@ -138,3 +140,14 @@ sys.exit(main([{command!r}, "--run-dir", {str(folder)!r}]))
     assert "env.gl_backend" in done.stderr
     assert "apt-get install" in done.stderr
     assert not folder.exists()
+
+
+def test_a_suite_of_the_working_directory_is_found_by_the_command(tmp_path):
+    root = Path(__file__).parents[2]
+    words = ["collect", "--env.suite", "examples.my_simulator:MySuite", "--env.tasks", '["stop"]']
+    run = subprocess.run(
+        [Path(sys.executable).parent / "vlarl", *words, "--model.action_dim", "2", "--run-dir", tmp_path],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "10 demonstrations" in run.stderr

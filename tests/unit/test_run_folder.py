@@ -11,7 +11,7 @@ import pytest
 
 from vlarl_ray.config import ExperimentConfig, LearnerConfig
 from vlarl_ray.config_loader import config_to_json
-from vlarl_ray.run_folder import RunFolderBusyError, check_run_dir, sole_writer
+from vlarl_ray.run_folder import RunFolderBusyError, check_evaluation_dir, check_run_dir, sole_writer
 
 HOLD = """
 import sys, time
@@ -57,3 +57,17 @@ def test_the_number_of_iterations_may_change_where_nothing_is_stretched_over_the
     cfg = begun(tmp_path / "annealed", learner=LearnerConfig(final_learning_rate_fraction=0.1))
     [problem] = check_run_dir(replace(cfg, num_iterations=99), resume=True)
     assert "num_iterations differ" in problem.message
+
+
+def test_an_evaluation_on_another_env_does_not_go_into_a_run_s_folder(tmp_path):
+    cfg = begun(tmp_path)
+    assert check_evaluation_dir(replace(cfg, num_iterations=1)) == []
+    [problem] = check_evaluation_dir(replace(cfg, env=replace(cfg.env, max_env_steps=7)))
+    assert "env.max_env_steps differ" in problem.message
+    assert check_evaluation_dir(replace(cfg, run_dir=str(tmp_path / "new"))) == []
+
+
+def test_a_run_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    [problem] = check_run_dir(ExperimentConfig(run_dir=str(tmp_path / "file" / "run")), resume=False)
+    assert "file cannot be written to; choose another --run-dir" in problem.message

@@ -14,6 +14,7 @@ import numpy as np
 from vlarl_ray.config import EnvConfig
 from vlarl_ray.envs import make_suite, single_task
 from vlarl_ray.envs.base import SimEnv
+from vlarl_ray.files import write_whole
 from vlarl_ray.types import TaskSpec
 
 
@@ -42,7 +43,7 @@ def expert_reference(env: EnvConfig, *, states_per_task: int, path: Path) -> Exp
         # A process of its own, as the driver should not hold a GL context.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             measured = pool.submit(measure_expert, env, states_per_task).result()
-        path.write_text(json.dumps(None if measured is None else asdict(measured)), encoding="utf-8")
+        write_whole(path, json.dumps(None if measured is None else asdict(measured)))
     stored = json.loads(path.read_text(encoding="utf-8"))
     return None if stored is None else ExpertReference(**stored)
 
