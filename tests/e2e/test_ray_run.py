@@ -72,14 +72,17 @@ def test_inline_and_ray_give_equal_numbers_with_dynamic_sampling_and_cancelled_e
     assert episodes(tmp_path / "inline") == episodes(tmp_path / "ray")
 
 
-def test_at_lag_1_the_next_rollout_runs_while_the_learner_learns_f45(policy, tmp_path, monkeypatch):
+def test_at_lag_1_the_next_rollout_runs_while_the_learner_learns_f45(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    cfg = with_lag(toy_config(tmp_path, policy=str(policy / "policy"), num_iterations=4))
+    cfg = with_lag(toy_config(tmp_path, num_iterations=4))
+    cfg = replace(cfg, env=replace(cfg.env, suite="tests.slow_toy:SlowToySuite"))
     assert run_training(cfg, inline=False, resume=False) == 0
     rows = numbers(tmp_path)
     assert [row["version"] for row in rows] == [1, 2, 3, 4]
     assert rows[0]["learn/policy_age_max"] == 0
-    assert {row["learn/policy_age_max"] for row in rows[1:]} <= {0, 1}
+    assert {row["learn/policy_age_max"] for row in rows[1:]} == {1}
+    # weights arrive in the middle of a rollout: some of its decisions are by the old ones, some by the new
+    assert any(0 < row["learn/policy_age_mean"] < 1 for row in rows[1:])
     assert all((row["learn/sampler_ratio_max_error"] or 0.0) <= 1e-4 for row in rows)
     assert len([row for row in episodes(tmp_path) if row["split"] == "train"]) == 4 * 8
 

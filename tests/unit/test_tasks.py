@@ -79,3 +79,10 @@ def test_the_noise_of_evaluation_is_not_that_of_training():
 def test_more_evaluation_states_than_there_are_is_an_error_that_says_how_many():
     with pytest.raises(ValueError, match=r"evaluation.states_per_task = 6, but a has 5 held-out .* set it to <= 5"):
         make_sampler().evaluation_tasks(EvaluationConfig(states_per_task=6), version=0)
+
+
+def test_lag_is_for_training_episodes_an_evaluation_is_of_one_version_f45():
+    cfg = ExperimentConfig(rollout=RolloutConfig(groups_per_update=2, max_policy_lag=1))
+    sampler = TaskSampler(NumberedSuite(), cfg, run_id="run")
+    assert {task.max_policy_lag for task in sampler.training_tasks(0, version=0)} == {1}
+    assert {t.max_policy_lag for t in sampler.evaluation_tasks(EvaluationConfig(states_per_task=2), version=0)} == {0}

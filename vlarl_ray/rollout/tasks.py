@@ -126,7 +126,6 @@ class TaskSampler:
                         split="eval",
                         seed=self._cfg.seed ^ _EVALUATION_SEED,
                         policy_version=version,
-                        max_policy_lag=self._cfg.rollout.max_policy_lag,
                         max_env_steps=self._cfg.env.max_env_steps,
                         temperature=cfg.temperature,
                         stop_on_success=cfg.stop_on_success,
@@ -159,6 +158,7 @@ class TaskSampler:
                 split="train",
                 seed=self._cfg.seed,
                 policy_version=version,
+                max_policy_lag=rollout.max_policy_lag,
                 max_env_steps=self._cfg.env.max_env_steps,
                 temperature=rollout.temperature,
             )
