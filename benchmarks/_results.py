@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from vlarl_ray.summary import describe_machine, installed_versions
 
@@ -17,6 +21,12 @@ def current_commit() -> str:
     """Commit of the working tree."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def setup_digest(preset: str, overrides: Sequence[Any] = ()) -> str:
+    """Fingerprint of what a run is made with: what the preset says, its comments left out, and the overrides."""
+    said = [yaml.safe_load(Path(preset).read_text(encoding="utf-8")), [str(word) for word in overrides]]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_result(name: str) -> dict[str, Any]:

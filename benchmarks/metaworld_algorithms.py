@@ -1,8 +1,8 @@
 """Six configurations on the laptop preset's tasks: same warm start, same env steps, three seeds; success and speed.
 
 Each seed starts all configurations from one policy, fine-tuned as the preset says. Training stops at the same number of
-simulated env steps, rejected groups included. Finished runs are kept and the table is written after each, so the script
-can be interrupted at any time; a run takes about ten minutes on two cores.
+simulated env steps, rejected groups included; learning rates fall until then. The table is written after each run, and
+runs in it are not repeated, so the script can be interrupted at any time; a run takes about five minutes on two cores.
 
     python -m benchmarks.metaworld_algorithms [--seeds 0 1 2] [--folder DIR] [--only NAME ...]
 """
@@ -16,12 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks._results import current_commit, read_result, write_result
+from benchmarks._results import current_commit, read_result, setup_digest, write_result
 from vlarl_ray.metrics.logger import read_jsonl
 from vlarl_ray.summary import read_summary
 
 PRESET = "jobs/laptop.yaml"
-ENV_STEPS = 250_000
+ENV_STEPS = 120_000
+BUDGET = ("--max_rl_env_steps", ENV_STEPS, "--max_rl_seconds", "null")
 GROUPS = ("--rollout.groups_per_update", 10, "--rollout.group_size", 6, "--algorithm.critic_warmup_updates", 0)
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "PPO, action-level ratio": (),
@@ -29,7 +30,14 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "RLOO": ("--algorithm.name", "rloo", *GROUPS),
     "RLOO, dynamic sampling": ("--algorithm.name", "rloo", *GROUPS, "--sampling.dynamic", "true"),
     "GRPO": ("--algorithm.name", "grpo", *GROUPS),
-    "chunk PPO + self-BC": ("--algorithm.name", "chunk_ppo", "--algorithm.ratio_level", "chunk"),
+    "chunk PPO + self-BC": (
+        "--algorithm.name",
+        "chunk_ppo",
+        "--algorithm.ratio_level",
+        "chunk",
+        "--algorithm.self_bc.ramp_updates",
+        5,
+    ),
 }
 
 
@@ -41,11 +49,14 @@ def main() -> None:
     args = parser.parse_args()
     figures = read_result("metaworld_algorithms")
     for seed in args.seeds:
-        policy = warm_start(seed, args.folder)
         for name in args.only:
+            setup = setup_digest(PRESET, (*BUDGET, *VARIANTS[name]))
+            if figures.get(name, {}).get(f"seed {seed}", {}).get("setup") == setup:
+                continue
+            policy = warm_start(seed, args.folder)
             run_dir = args.folder / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
             run(name, seed, run_dir, policy)
-            figures.setdefault(name, {})[f"seed {seed}"] = read_run(run_dir)
+            figures.setdefault(name, {})[f"seed {seed}"] = {"setup": setup, **read_run(run_dir)}
             show(figures)
             print("wrote", write_result("metaworld_algorithms", figures), flush=True)
 
@@ -68,7 +79,7 @@ def run(name: str, seed: int, run_dir: Path, policy: Path) -> None:
     (run_dir / "benchmark_origin.json").write_text(json.dumps({"commit": current_commit()}))
     vlarl(
         "train", PRESET, "--seed", seed, "--run-dir", run_dir, "--policy", policy, "--demos.path",
-        policy.parent / "demos", "--max_rl_env_steps", ENV_STEPS, "--max_rl_seconds", "null", *resume, *VARIANTS[name],
+        policy.parent / "demos", *BUDGET, *resume, *VARIANTS[name],
     )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 All runs are `jobs/toy.yaml` in one process, with the overrides of VARIANTS. Success is that of 200 held-out initial
 states with the decoding of training, before and after. "Env steps to the threshold" are all that were simulated,
-rejected groups too, until the mean training success of three iterations on end was 0.9 (0.8 on five tasks). Finished
-runs are kept, so the script can be interrupted.
+rejected groups too, until the mean training success of three iterations on end was 0.9 (0.8 on five tasks). Results
+are written after each run and not made again, so the script can be interrupted.
 
     python -m benchmarks.toy [--seeds 0 1 2 3 4] [--parts learn self_bc impossible shuffled] [--folder DIR]
 """
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks._results import read_result, write_result
+from benchmarks._results import read_result, setup_digest, write_result
 from vlarl_ray.metrics.logger import read_jsonl
 
 PRESET = "jobs/toy.yaml"
@@ -68,7 +68,9 @@ def main() -> None:
     figures = read_result("toy")
     for name in dict.fromkeys(name for part in args.parts for name in PARTS[part]):
         for seed in args.seeds:
-            figures.setdefault(name, {})[f"seed {seed}"] = run(name, seed, args.folder)
+            setup = setup_digest(PRESET, VARIANTS[name])
+            if figures.get(name, {}).get(f"seed {seed}", {}).get("setup") != setup:
+                figures.setdefault(name, {})[f"seed {seed}"] = {"setup": setup, **run(name, seed, args.folder)}
             show(name, seed, figures[name][f"seed {seed}"])
             write_result("toy", figures)
     compare(figures, "self-cloning against PPO alone", "chunk_ppo", "chunk_ppo without cloning")

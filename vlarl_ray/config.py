@@ -343,7 +343,7 @@ class LearnerConfig:
     critic_learning_rate: PositiveFloat = 1e-3
     """AdamW learning rate of the value head."""
     final_learning_rate_fraction: UnitInterval = 1.0
-    """Both learning rates fall linearly to this fraction at `num_iterations`; 1 keeps them."""
+    """Both rates fall to this fraction, linearly until `num_iterations` or `max_rl_env_steps`; 1 keeps them."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW weight decay."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)

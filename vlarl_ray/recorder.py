@@ -140,6 +140,16 @@ class RunRecorder:
             env_steps is not None and self.totals.env_steps >= env_steps
         )
 
+    def progress(self, iteration: int) -> float:
+        """Share of the RL part done before an iteration (0 to 1): of `num_iterations` or of the budget of env steps.
+
+        Seconds do not count: learning rates follow this, and must not depend on how fast a machine is.
+        """
+        share = iteration / self._cfg.num_iterations
+        if self._cfg.max_rl_env_steps is not None:
+            share = max(share, self.totals.env_steps / self._cfg.max_rl_env_steps)
+        return min(share, 1.0)
+
     @contextmanager
     def stop_on_signals(self) -> Iterator[None]:
         """Take SIGTERM and SIGINT for a wish to stop: after the current iteration, with a checkpoint.

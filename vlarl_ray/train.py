@@ -98,7 +98,7 @@ def train(cfg: ExperimentConfig, system: System) -> int:
         ratios = check_sampler_ratio(groups, scores, version=version, tolerance=cfg.trust.sampler_ratio_tolerance)
         with timer("batch"):
             batch = system.algorithm.make_batch(groups, scores, version=version)
-            batch = replace(batch, progress=(iteration - 1) / cfg.num_iterations)
+            batch = replace(batch, progress=recorder.progress(iteration - 1))
         with timer("learn"):
             losses = system.learner.update(batch)
         attempts = [t.success for group in intake.attempted for t in group.trajectories]

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.e2e.toy_run import episodes, evaluations, numbers, summary, toy_config, with_lag
@@ -198,6 +199,19 @@ def test_at_lag_1_each_rollout_after_the_first_is_one_update_old_f45(finished_ru
     assert [row["learn/sampler_ratio_decisions"] > 0 for row in numbers(tmp_path)] == [True, False, False]
     trained = [row for row in episodes(tmp_path) if row["split"] == "train"]
     assert sorted({(row["iteration"], row["policy_version"]) for row in trained}) == [(0, 0), (1, 0), (2, 1)]
+
+
+def test_learning_rates_fall_until_whichever_limit_comes_first(finished_run, tmp_path):
+    cfg = from_policy(finished_run, tmp_path, num_iterations=4, max_rl_env_steps=300)
+    cfg = replace(cfg, learner=replace(cfg.learner, final_learning_rate_fraction=0.1))
+    run_training(cfg, inline=True, resume=False)
+    rows = numbers(tmp_path)
+    before = np.cumsum([0, *(row["rollout/env_steps"] for row in rows)])[:-1]
+    shares = [max(done / 4, steps / 300) for done, steps in enumerate(before)]
+    assert len(rows) < 4
+    assert shares[-1] > (len(rows) - 1) / 4  # env steps are what ends it
+    expected = [cfg.learner.actor_learning_rate * (1 - 0.9 * share) for share in shares]
+    assert [row["learn/learning_rate"] for row in rows] == pytest.approx(expected)
 
 
 def test_full_training_publishes_everything(finished_run, tmp_path):
