@@ -14,6 +14,7 @@ from tests.fake_episodes import make_trajectory
 from tests.learner_runs import LENGTHS
 from tests.tiny_model import NUM_BINS, algorithm_config, as_groups, learner_config, make_trajectories, tiny_model
 from vlarl_ray.algorithms.chunk_ppo import ChunkPPO, demo_rows
+from vlarl_ray.algorithms.demo_buffer import DemoDraw
 from vlarl_ray.algorithms.losses import cloning_loss
 from vlarl_ray.config import SelfBCConfig
 from vlarl_ray.learner.learner import Learner
@@ -37,7 +38,8 @@ def successes():
 
 
 def every_decision(stored):
-    return [(episode, k) for episode in stored for k in range(len(episode.num_env_steps))]
+    pairs = [(i, k) for i, episode in enumerate(stored) for k in range(len(episode.num_env_steps))]
+    return DemoDraw(tuple(stored), *np.array(pairs).T)
 
 
 def make_batch(algorithm, *, demos=None, **changes):
@@ -65,8 +67,9 @@ def test_registered_under_its_name():
 
 
 def test_f55_without_the_policy_gradient_an_update_is_a_step_of_supervised_fine_tuning():
-    drawn = every_decision(successes())
-    found, metrics = updated(learner=FULL, demos=demo_rows(drawn), policy_weight=0.0, bc_weight=1.0)
+    stored = successes()
+    drawn = [(episode, k) for episode in stored for k in range(len(episode.num_env_steps))]
+    found, metrics = updated(learner=FULL, demos=demo_rows(every_decision(stored)), policy_weight=0.0, bc_weight=1.0)
 
     cfg = learner_config(**FULL)
     model = tiny_model(cfg)
@@ -206,3 +209,17 @@ def test_its_state_is_restored_with_the_episodes():
     second.load_state_dict(first.state_dict(), {episode.key: episode for episode in first.stored_episodes})
     assert [e.key for e in second.stored_episodes] == [e.key for e in first.stored_episodes]
     assert second.schedule.weights(1) == first.schedule.weights(1) != (1, 1)
+
+
+def test_rows_are_those_that_were_drawn():
+    stored = successes()
+    drawn = DemoDraw(tuple(stored), np.array([2, 0, 2, 2]), np.array([0, 1, 0, 1]))
+    rows = demo_rows(drawn)
+    assert len(rows.frames) == len(rows.instructions) == 2  # the one not drawn is not referred to
+    for row, (which, k) in enumerate(zip(drawn.episode_index, drawn.decision_index, strict=True)):
+        episode = stored[which]
+        assert rows.frames[rows.episode_index[row]] is episode.frames
+        assert rows.decision_index[row] == k
+        np.testing.assert_array_equal(rows.actions[row], episode.actions[k])
+        np.testing.assert_array_equal(rows.proprio[row], episode.proprio[k])
+        assert rows.action_mask[row].sum() == episode.num_env_steps[k]

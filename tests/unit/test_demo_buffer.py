@@ -112,9 +112,12 @@ def test_a_rare_task_is_drawn_as_often_as_a_frequent_one():
         buffer.offer(trial(50, "easy", slot=slot))
     buffer.offer(trial(10, "hard", slot=99))
     drawn = buffer.sample(2000, np.random.default_rng(0))
-    share = np.mean([episode.task_id == "hard" for episode, _ in drawn])
-    assert abs(share - 0.5) < 0.05
-    assert {decision for episode, decision in drawn if episode.task_id == "hard"} == {0, 1}
+    is_hard = np.array([drawn.episodes[i].task_id == "hard" for i in drawn.episode_index])
+    assert abs(is_hard.mean() - 0.5) < 0.05
+    assert set(drawn.decision_index[is_hard]) == {0, 1}
+    easy = np.bincount(drawn.episode_index[~is_hard], minlength=20)
+    assert easy.min() > 0  # every episode of a task, every decision of an episode
+    assert set(drawn.decision_index[~is_hard]) == set(range(10))
 
 
 def test_an_empty_buffer_says_so():

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vlarl_ray.algorithms.demo_buffer import DemoBuffer
+from vlarl_ray.algorithms.demo_buffer import DemoBuffer, DemoDraw
 from vlarl_ray.algorithms.ppo import PPO
 from vlarl_ray.algorithms.weight_schedules import WeightSchedule
 from vlarl_ray.config import AlgorithmConfig
@@ -74,18 +74,20 @@ class ChunkPPO(PPO):
         self.schedule.load_state_dict(state["schedule"])
 
 
-def demo_rows(drawn: Sequence[tuple[StoredEpisode, int]]) -> DemoRows:
-    """Stack drawn decisions into rows; an episode that was drawn more than once is referred to once."""
-    episodes: dict[str, StoredEpisode] = {episode.key: episode for episode, _ in drawn}
-    index = {key: i for i, key in enumerate(episodes)}
-    chunk_length = drawn[0][0].actions.shape[1]
-    steps = np.array([episode.num_env_steps[decision] for episode, decision in drawn])
+def demo_rows(drawn: DemoDraw) -> DemoRows:
+    """Gather drawn decisions into rows; an episode that was drawn more than once is referred to once."""
+    used, index = np.unique(drawn.episode_index, return_inverse=True)
+    episodes = [drawn.episodes[i] for i in used]
+    counts = np.array([len(episode.num_env_steps) for episode in episodes])
+    rows = (np.cumsum(counts) - counts)[index] + drawn.decision_index
+    actions = np.concatenate([episode.actions for episode in episodes])
+    steps = np.concatenate([episode.num_env_steps for episode in episodes])
     return DemoRows(
-        frames=tuple(episode.frames for episode in episodes.values()),
-        instructions=tuple(episode.instruction for episode in episodes.values()),
-        episode_index=np.array([index[episode.key] for episode, _ in drawn], dtype=np.int32),
-        decision_index=np.array([decision for _, decision in drawn], dtype=np.int32),
-        proprio=np.stack([episode.proprio[decision] for episode, decision in drawn]),
-        actions=np.stack([episode.actions[decision] for episode, decision in drawn]),
-        action_mask=np.arange(chunk_length)[None, :] < steps[:, None],
+        frames=tuple(episode.frames for episode in episodes),
+        instructions=tuple(episode.instruction for episode in episodes),
+        episode_index=index.astype(np.int32),
+        decision_index=drawn.decision_index.astype(np.int32),
+        proprio=np.concatenate([episode.proprio for episode in episodes])[rows],
+        actions=actions[rows],
+        action_mask=np.arange(actions.shape[1])[None, :] < steps[rows, None],
     )

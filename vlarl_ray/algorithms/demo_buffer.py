@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Int
 
 from vlarl_ray.config import SelfBCConfig
 from vlarl_ray.types import StoredEpisode, Trajectory
@@ -26,6 +27,15 @@ class BufferCounters:
     rejected_fail: int = 0
     rejected_long: int = 0
     evicted: int = 0
+
+
+@dataclass(frozen=True)
+class DemoDraw:
+    """M decisions of stored episodes: which episode of `episodes`, and which of its decisions."""
+
+    episodes: tuple[StoredEpisode, ...]
+    episode_index: Int[np.ndarray, " M"]
+    decision_index: Int[np.ndarray, " M"]
 
 
 @dataclass
@@ -80,7 +90,7 @@ class DemoBuffer:
         lengths = self._stores.get(task_id, _Store()).lengths()
         return float(np.mean(lengths)) if lengths else None
 
-    def sample(self, count: int, rng: np.random.Generator) -> list[tuple[StoredEpisode, int]]:
+    def sample(self, count: int, rng: np.random.Generator) -> DemoDraw:
         """Draw decisions: a task, then one of its episodes, then one of its decisions, all evenly, with replacement.
 
         Raises:
@@ -89,12 +99,12 @@ class DemoBuffer:
         stores = [self._stores[task].episodes for task in sorted(self._stores) if self._stores[task].episodes]
         if not stores:
             raise ValueError("the demonstration buffer is empty; seed it, or wait for a success.")
-        drawn = []
-        for _ in range(count):
-            episodes = stores[int(rng.integers(len(stores)))]
-            episode = episodes[int(rng.integers(len(episodes)))]
-            drawn.append((episode, int(rng.integers(len(episode.num_env_steps)))))
-        return drawn
+        episodes = [episode for store in stores for episode in store]
+        sizes = np.array([len(store) for store in stores])
+        store = rng.integers(len(stores), size=count)
+        index = (np.cumsum(sizes) - sizes)[store] + rng.integers(sizes[store])
+        num_decisions = np.array([len(episode.num_env_steps) for episode in episodes])
+        return DemoDraw(tuple(episodes), index, rng.integers(num_decisions[index]))
 
     def metrics(self) -> dict[str, float | None]:
         """Counters, size, and mean length per task."""
