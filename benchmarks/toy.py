@@ -2,8 +2,9 @@
 
 All runs are `jobs/toy.yaml` in one process, with the overrides of VARIANTS. Success is that of 200 held-out initial
 states with the decoding of training, before and after. "Env steps to the threshold" are all that were simulated,
-rejected groups too, until the mean training success of three iterations on end was 0.9 (0.8 on five tasks). Results
-are written after each run and not made again, so the script can be interrupted.
+rejected groups too, until the mean training success of three iterations on end was 0.9 (where one of five tasks is
+impossible: 0.75 on the other four). Results are written after each run and not made again, so the script can be
+interrupted.
 
     python -m benchmarks.toy [--seeds 0 1 2 3 4] [--parts learn self_bc impossible shuffled] [--folder DIR]
 """
@@ -28,14 +29,18 @@ PRESET = "jobs/toy.yaml"
 GROUPS = ("--rollout.groups_per_update", 64, "--rollout.group_size", 6, "--algorithm.critic_warmup_updates", 0)
 CHUNK = ("--algorithm.ratio_level", "chunk")
 SOLVABLE = ("reach-a", "reach-b", "reach-c", "reach-d")
+WIDER = ("--model.hidden_size", 128)
 WARM_START_OF_FOUR = (
-    "--env.tasks", f"[{', '.join(SOLVABLE)}]", "--demos.episodes_per_task", 60, "--sft.num_steps", 400,
+    "--env.tasks", f"[{', '.join(SOLVABLE)}]", "--demos.episodes_per_task", 100, "--sft.num_steps", 1000, *WIDER,
 )  # fmt: skip
 """Of the five tasks: there is nothing to imitate in the impossible one."""
 FIVE_TASKS = (
     "--env.tasks", f"[{', '.join(SOLVABLE)}, impossible]", "--algorithm.name", "rloo", *GROUPS,
-    "--num_iterations", 120,
+    "--rollout.groups_per_update", 96, "--learner.actor_learning_rate", 2e-3, *WIDER,
 )  # fmt: skip
+DYNAMIC = ("--sampling.dynamic", "true", "--rollout.groups_per_update", 56)
+"""Groups that are kept; some 96 are attempted, so that an update takes as many env steps as without."""
+FRONTIER = ("--sampling.curriculum", "frontier", "--sampling.curriculum_temperature", 0.5)
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "ppo": (),
     "rloo": ("--algorithm.name", "rloo", *GROUPS),
@@ -44,14 +49,8 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "chunk_ppo without cloning": CHUNK,
     "shuffled": ("--rollout.shuffle_rewards", "true", "--algorithm.gamma", 1),
     "five tasks, uniform": FIVE_TASKS,
-    "five tasks, dynamic": (*FIVE_TASKS, "--sampling.dynamic", "true"),
-    "five tasks, frontier": (
-        *FIVE_TASKS,
-        "--sampling.curriculum",
-        "frontier",
-        "--sampling.curriculum_temperature",
-        0.2,
-    ),
+    "five tasks, dynamic": (*FIVE_TASKS, *DYNAMIC),
+    "five tasks, frontier": (*FIVE_TASKS, *FRONTIER),
 }
 PARTS = {
     "learn": ("ppo", "rloo", "grpo", "chunk_ppo"),
@@ -59,7 +58,7 @@ PARTS = {
     "shuffled": ("shuffled",),
     "impossible": ("five tasks, uniform", "five tasks, dynamic", "five tasks, frontier"),
 }
-THRESHOLD = {"five tasks": 0.8}
+THRESHOLD = {"five tasks": 0.75}
 """Training success, on the tasks that can be solved, whose first reaching is timed; 0.9 elsewhere."""
 
 
