@@ -234,8 +234,10 @@ def with_policys_model(cfg: ExperimentConfig) -> ExperimentConfig:
 
 def new_summary(policy_dir: Path) -> RunSummary:
     """Start a summary with what is known before the run."""
+    from vlarl_ray.models.policy import policy_weights
+
     return RunSummary(
-        model_bytes=(policy_dir / "model.safetensors").stat().st_size,
+        model_bytes=policy_weights(policy_dir).num_bytes,
         versions=installed_versions(),
         machine=describe_machine(),
     )

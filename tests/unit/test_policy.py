@@ -139,13 +139,13 @@ def test_a_model_with_adapters_is_not_saved(tmp_path):
 def test_damaged_folders_are_refused_with_the_culprits_name(folder):
     tensors, path = load_file(folder / "model.safetensors"), folder / "model.safetensors"
     save_file({n: t for n, t in tensors.items() if n != "projector.fc2.bias"}, path)
-    with pytest.raises(ValueError, match=r"missing \['projector\.fc2\.bias'\]"):
+    with pytest.raises(ValueError, match=r"missing: projector\.fc2\.bias"):
         load_policy(folder)
     save_file({**tensors, "projector.fc2.bias": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"projector\.fc2\.bias has shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"projector\.fc2\.bias is \(3,\)"):
         load_policy(folder)
     save_file({**tensors, "projector.fc2.bias": tensors["projector.fc2.bias"].double()}, path)
-    with pytest.raises(ValueError, match="float64"):
+    with pytest.raises(ValueError, match=r"type: projector\.fc2\.bias is F64"):
         load_policy(folder)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):

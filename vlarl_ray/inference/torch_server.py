@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float32, Num
-from safetensors import safe_open
 from torch import Tensor
 
 from vlarl_ray.config import InferenceConfig
@@ -18,7 +17,7 @@ from vlarl_ray.inference.base import LoadReport
 from vlarl_ray.models.base import PolicyInputs, VLAModel
 from vlarl_ray.models.distributions import samples_to_numpy, samples_to_torch
 from vlarl_ray.models.lora import merged_weight
-from vlarl_ray.models.policy import load_policy
+from vlarl_ray.models.policy import load_policy, policy_weights
 from vlarl_ray.types import ActReply, ActRequest
 from vlarl_ray.weights.canary import update_digests
 from vlarl_ray.weights.update import WeightUpdate
@@ -45,7 +44,7 @@ class TorchEngine:
         policy = load_policy(str(policy_dir), dtype=cfg.dtype, device=device)
         self._model: VLAModel = policy.model.eval().requires_grad_(False)
         self._parameters = dict(self._model.named_parameters())
-        self._pristine = Path(policy_dir) / "model.safetensors"
+        self._pristine = policy_weights(Path(policy_dir))
         self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
         self.version: int | None = None
 
@@ -54,9 +53,11 @@ class TorchEngine:
         start = time.perf_counter()
         self.version = None  # a load that fails half-way must not answer
         kept, asked = 0.0, 0.0
-        with torch.no_grad(), safe_open(self._pristine, framework="pt") as base:
-            for name, (a, b) in update.adapters.items():
-                pristine = base.get_tensor(name).float()
+        known = {name: slice(None) for name in update.adapters if self._checked(name)}
+        with torch.no_grad():
+            for name, tensor in self._pristine.read_rows(known):
+                a, b = update.adapters[name]
+                pristine = tensor.float()
                 target = merged_weight(pristine, _tensor(a), _tensor(b), update.lora_scale)
                 self._assign(name, target)
                 if not torch.equal(self._parameters[name].cpu(), target.to(self._parameters[name].dtype)):
@@ -142,10 +143,13 @@ class TorchEngine:
         served = {name: self._parameters[name].detach().float().cpu().numpy() for name in update.tensors}
         return replace(update, tensors=served)
 
-    def _assign(self, name: str, value: Tensor) -> None:
-        parameter = self._parameters.get(name)
-        if parameter is None:
+    def _checked(self, name: str) -> str:
+        if name not in self._parameters:
             raise ValueError(f"weight update names {name!r}, which the served model does not have.")
+        return name
+
+    def _assign(self, name: str, value: Tensor) -> None:
+        parameter = self._parameters[self._checked(name)]
         if parameter.shape != value.shape:
             raise ValueError(
                 f"weight update: {name!r} has shape {tuple(value.shape)}, the model's is {tuple(parameter.shape)}."

@@ -6,7 +6,7 @@ Every method marked *collective* must be called on all ranks in the same order; 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,7 @@ class Learner:
         cfg: Learner config.
         algorithm: Gives loss and schedule.
         model: Freshly loaded, fp32, with LoRA attached where `cfg.train` is `lora`; the learner takes it over.
+        fill: Gives a model that comes on the meta device its values, once it is sharded; needs a process group.
         rank: This rank.
         world_size: Number of ranks.
         store_address: Host and port where ranks meet; rank 0 listens there.
@@ -57,6 +58,7 @@ class Learner:
         store_address: tuple[str, int] | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
+        fill: Callable[[VLAModel, Ranks], None] | None = None,
     ) -> None:
         _check_supported(cfg, algorithm, model, store_address)
         torch.set_num_threads(cfg.num_threads)
@@ -64,7 +66,9 @@ class Learner:
         self._algorithm = algorithm
         self._seed = seed
         self._device = torch.device(device or _device(cfg))
-        self._model = model.to(self._device).eval()  # no dropout: the scored distribution is the sampled one
+        self._model = model.eval()  # no dropout: the scored distribution is the sampled one
+        if fill is None:
+            model.to(self._device)
         self._ranks = Ranks.join(
             rank=rank,
             world_size=world_size,
@@ -77,7 +81,10 @@ class Learner:
         self._published = _published_names(model)
         if self._ranks.has_process_group:
             compute_dtype = _to_bfloat16(model) if cfg.dtype == "bfloat16" else None
-            shard(model, self._ranks, compute_dtype=compute_dtype)
+            shard(model, self._ranks, device=self._device, compute_dtype=compute_dtype)
+            if fill is not None:
+                model.to_empty(device=self._device)
+                fill(model, self._ranks)
         parameters = dict(model.named_parameters())  # sharded now; `fully_shard` keeps names but replaces tensors
         common: dict[str, Any] = {"cfg": cfg, "ranks": self._ranks}
         self._actor = ShardOptimizer(

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 from pydantic import TypeAdapter, ValidationError
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlarl_ray.config import ModelConfig
+from vlarl_ray.files import write_whole
 from vlarl_ray.models.action_tokens import ActionNormalizer
 from vlarl_ray.models.base import PolicyInputs
 from vlarl_ray.models.chunk_policy import ChunkPolicyModel
@@ -27,6 +26,7 @@ from vlarl_ray.models.heads import HEADS, ScaleHead
 from vlarl_ray.models.lora import lora_layers
 from vlarl_ray.models.tokenizer import PromptTokenizer
 from vlarl_ray.models.vit import LayerScale
+from vlarl_ray.models.weight_files import MAX_FILE_BYTES, WeightFiles, remove_weights, write_files
 from vlarl_ray.registry import MODELS, resolve
 from vlarl_ray.types import ActionChunk, Observation
 
@@ -174,18 +174,52 @@ def save_policy(model: ChunkPolicyModel, folder: Path) -> None:
         raise ValueError(
             "the model has adapters; a policy folder holds plain weights. Save the adapters, or merge them first."
         )
-    folder.mkdir(parents=True, exist_ok=True)
     description = {
         "format": FORMAT,
         "model": asdict(model.model_config),  # type: ignore[call-overload]
         "action_statistics": asdict(model.normalizer),
         "metadata": model.metadata,
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    if model.tokenizer is not None:
-        model.tokenizer.save(folder / "tokenizer.json")
-    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    _write_folder(folder, description, model.tokenizer, model.state_dict().items())
+
+
+def copy_policy(
+    source: Path, folder: Path, tensors: Iterable[tuple[str, Tensor]], *, metadata: Mapping[str, Any]
+) -> Path:
+    """Write a policy folder that is another one with other weights, never holding more than a file of them in memory.
+
+    Args:
+        source: Policy folder.
+        folder: Policy folder to write; one that is there is replaced, once the new one is whole.
+        tensors: Name and value of every tensor.
+        metadata: Facts to add to the source's.
+    """
+    description = json.loads((source / "config.json").read_text())
+    description["metadata"] = {**description.get("metadata", {}), **metadata}
+    path = source / "tokenizer.json"
+    tokenizer = PromptTokenizer.load(path) if path.exists() else None
+    _write_folder(folder, description, tokenizer, tensors)
+    return folder
+
+
+def _write_folder(
+    folder: Path,
+    description: Mapping[str, Any],
+    tokenizer: PromptTokenizer | None,
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Write all files beside their place, and move them there; `config.json` is last, so a folder with it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+        new = Path(partial)
+        write_files(new, tensors, max_file_bytes=MAX_FILE_BYTES)
+        if tokenizer is not None:
+            tokenizer.save(new / "tokenizer.json")
+        (folder / "config.json").unlink(missing_ok=True)
+        remove_weights(folder)
+        for path in new.iterdir():
+            path.rename(folder / path.name)
+    write_whole(folder / "config.json", json.dumps(description, indent=2) + "\n")
 
 
 def load_policy(
@@ -212,16 +246,10 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
     with _local(folder_or_uri) as folder:
-        description = describe_policy(folder)
-        tokenizer_path = folder / "tokenizer.json"
-        with torch.device("meta"):
-            model = _model_class(description["model"])(
-                description["model"],
-                PromptTokenizer.load(tokenizer_path) if tokenizer_path.exists() else None,
-                normalizer=ActionNormalizer(**description["action_statistics"]),
-                metadata=description["metadata"],
-            )
-        tensors = _checked_tensors(folder / "model.safetensors", model, device)
+        model, weights = empty_model(folder)
+        # Copies: what was read lies in a mapped file, which others may replace.
+        every = weights.read_rows(dict.fromkeys(weights, slice(None)))
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in every}
     model.load_state_dict(tensors, assign=True)
     for name, module in model.named_children():
         if f"{name}." not in HEADS:
@@ -229,6 +257,32 @@ def load_model(
     for parameter in model.parameters(recurse=False):
         parameter.data = parameter.data.to(DTYPES[dtype])
     return model
+
+
+def empty_model(folder: Path) -> tuple[ChunkPolicyModel, WeightFiles]:
+    """Build the model of a policy folder on the meta device, and find the tensors that belong to it; none is read.
+
+    Raises:
+        FileNotFoundError: If a file of the folder is missing.
+        ValueError: If its tensors are not those of the model it describes.
+    """
+    description = describe_policy(folder)
+    tokenizer_path = folder / "tokenizer.json"
+    with torch.device("meta"):
+        model = _model_class(description["model"])(
+            description["model"],
+            PromptTokenizer.load(tokenizer_path) if tokenizer_path.exists() else None,
+            normalizer=ActionNormalizer(**description["action_statistics"]),
+            metadata=description["metadata"],
+        )
+    weights = policy_weights(folder)
+    weights.check(model.state_dict())
+    return model, weights
+
+
+def policy_weights(folder: Path) -> WeightFiles:
+    """Find the tensors of a policy folder; none is read."""
+    return WeightFiles.of_folder(folder)
 
 
 def _model_class(config: ModelConfig) -> type[ChunkPolicyModel]:
@@ -259,31 +313,6 @@ def describe_policy(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, KeyError, ValidationError) as error:
         raise ValueError(f"{path} is damaged or from another version: {error}") from error
     return description
-
-
-def _checked_tensors(path: Path, model: nn.Module, device: str) -> dict[str, Tensor]:
-    """Read tensors whose names, shapes and types are those of `model`."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; a policy folder holds config.json, model.safetensors and tokenizer.json."
-        )
-    expected = model.state_dict()
-    with safe_open(path, framework="pt", device=device) as file:
-        found = set(file.keys())
-        if found != expected.keys():
-            raise ValueError(
-                f"{path} holds other tensors than its config.json describes: missing "
-                f"{sorted(expected.keys() - found)[:3]}, unknown {sorted(found - expected.keys())[:3]}."
-            )
-        tensors = {name: file.get_tensor(name) for name in expected}
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}; its config.json says {tuple(expected[name].shape)}."
-            )
-        if tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{path}: {name} has type {tensor.dtype}; allowed: {', '.join(DTYPES)}.")
-    return tensors
 
 
 @contextmanager

@@ -14,8 +14,10 @@ from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_FILE_BYTES = 5_000_000_000
+"""Of a file that is written, as Hugging Face cuts checkpoints."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_FLOATS = frozenset({"F32", "F16", "BF16"})
 _CONVERT = "convert pickles once with `python -m vlarl_ray.models.unpickle {path}`, which runs no code of theirs"
 _MAPPED_BYTES = 256 * 1024 * 1024
 """A file is closed after this many bytes were read, as pages of a mapped file count as memory of the process."""
@@ -189,6 +191,12 @@ class WeightFiles(Mapping[str, StoredTensor]):
                             tensor = file.get_tensor(stored.stored_name)
                         mapped += tensor.numel() * tensor.element_size()
                         yield name, tensor
+
+
+def remove_weights(folder: Path) -> None:
+    """Delete the files that `write_files` may have written there."""
+    for path in (folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+        path.unlink(missing_ok=True)
 
 
 def _no_weights(folder: Path) -> Exception:
