@@ -135,7 +135,7 @@ def test_a_frozen_scale_head_gets_no_gradient_f26(tmp_path, trained):
         learner=LearnerConfig(num_ranks=1, train_scale_head=trained),
     )
     learner = build_learner(cfg, tmp_path, rank=0, world_size=1, store_address=None)
-    model = learner._model
+    model = learner.model
     output = model(observations(model))
     (output.actions.log_prob(torch.zeros(3, model.num_action_tokens), temperature=1.0).sum()).backward()
     gradients = [p.grad is not None for name, p in model.named_parameters() if name.startswith("scale_head.")]

@@ -42,8 +42,8 @@ class TorchEngine:
         self._deterministic = deterministic
         self._device = torch.device(device)
         policy = load_policy(str(policy_dir), dtype=cfg.dtype, device=device)
-        self._model: VLAModel = policy.model.eval().requires_grad_(False)
-        self._parameters = dict(self._model.named_parameters())
+        self.model: VLAModel = policy.model.eval().requires_grad_(False)
+        self._parameters = dict(self.model.named_parameters())
         self._pristine = policy_weights(Path(policy_dir))
         self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
         self.version: int | None = None
@@ -95,7 +95,7 @@ class TorchEngine:
         parts = []
         for rows in self._batches(len(request)):
             taken = samples_to_torch(tokens[rows]).to(self._device)
-            actions = self._model(self._inputs(request, rows), taken).actions
+            actions = self.model(self._inputs(request, rows), taken).actions
             scored = actions.log_prob(taken, temperature=request.temperature)
             parts.append(scored[: rows.stop - rows.start])
         return torch.cat(parts).float().cpu().numpy()
@@ -108,12 +108,10 @@ class TorchEngine:
         index = self._padded(rows)
         noise = None
         if request.temperature > 0:
-            noise = self._model.draw_noise(request.noise_keys[index]).to(self._device)
-        tokens, logprobs = self._model.sample(
-            self._inputs(request, index), temperature=request.temperature, noise=noise
-        )
+            noise = self.model.draw_noise(request.noise_keys[index]).to(self._device)
+        tokens, logprobs = self.model.sample(self._inputs(request, index), temperature=request.temperature, noise=noise)
         count = rows.stop - rows.start
-        return self._model.decode_actions(tokens)[:count], tokens[:count], logprobs[:count]
+        return self.model.decode_actions(tokens)[:count], tokens[:count], logprobs[:count]
 
     def _padded(self, rows: slice) -> np.ndarray:
         index = np.arange(rows.start, rows.stop)
@@ -133,7 +131,7 @@ class TorchEngine:
 
     def _prompt(self, instruction: str) -> tuple[Tensor, Tensor]:
         if instruction not in self._prompts:
-            self._prompts[instruction] = self._model.encode_prompts([instruction])
+            self._prompts[instruction] = self.model.encode_prompts([instruction])
         return self._prompts[instruction]
 
     def _as_served(self, update: WeightUpdate) -> WeightUpdate:

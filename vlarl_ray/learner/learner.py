@@ -66,7 +66,7 @@ class Learner:
         self._algorithm = algorithm
         self._seed = seed
         self._device = torch.device(device or _device(cfg))
-        self._model = model.eval()  # no dropout: the scored distribution is the sampled one
+        self.model = model.eval()  # no dropout: the scored distribution is the sampled one
         if fill is None:
             model.to(self._device)
         self._ranks = Ranks.join(
@@ -136,7 +136,7 @@ class Learner:
         """
         _check_batch(batch)
         factor = 1.0 - batch.progress * (1.0 - self._cfg.final_learning_rate_fraction)
-        for optimizer in self._optimizers():
+        for optimizer in self.optimizers():
             optimizer.scale_learning_rate(factor)
         minibatches = self._plan(batch)
         rows = np.concatenate([dealt.rows for minibatch in minibatches for dealt in minibatch.passes])
@@ -144,7 +144,7 @@ class Learner:
         demo_reader = None
         if batch.demos is not None:
             cloned = np.concatenate([dealt.rows for minibatch in minibatches for dealt in minibatch.clone_passes])
-            demo_reader = DemoReader(batch.demos, cloned, fetch, self._prompts, self._model, self._device)
+            demo_reader = DemoReader(batch.demos, cloned, fetch, self._prompts, self.model, self._device)
         metrics = self._updater.run(batch, minibatches, reader, demo_reader)
         metrics["learning_rate"] = factor * self._cfg.actor_learning_rate
         if self._critic is not None:
@@ -192,11 +192,11 @@ class Learner:
         shapes, shards = self._trainable()
         parameters = gather_full(self._ranks, shapes, shards)
         moments: dict[str, np.ndarray] = {}
-        for optimizer in self._optimizers():
+        for optimizer in self.optimizers():
             moments |= gather_full(self._ranks, optimizer.moment_shapes(), optimizer.moment_shards())
         if self._ranks.rank != 0:
             return {}, {}
-        steps = [optimizer.num_steps for optimizer in self._optimizers()]
+        steps = [optimizer.num_steps for optimizer in self.optimizers()]
         return {"parameters": parameters, "optimizer": moments}, {"optimizer_steps": steps}
 
     def load_state_dict(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> None:
@@ -210,7 +210,7 @@ class Learner:
         if own != {name: value.shape for name, value in parameters.items()}:
             odd = sorted(set(own) ^ set(parameters))[:3] or "shapes"
             raise ValueError(f"learner state belongs to another model ({odd} differ); check model and learner.lora.")
-        for optimizer, num_steps in zip(self._optimizers(), state["optimizer_steps"], strict=True):
+        for optimizer, num_steps in zip(self.optimizers(), state["optimizer_steps"], strict=True):
             optimizer.load(parameters, moments, num_steps)
 
     def shutdown(self) -> None:
@@ -222,7 +222,7 @@ class Learner:
         demos = batch.demos
         if demos is None:
             return minibatches
-        per_action = self._model.num_action_tokens // self._model.chunk_length
+        per_action = self.model.num_action_tokens // self.model.chunk_length
         return [
             replace(
                 minibatch,
@@ -247,12 +247,13 @@ class Learner:
             rows, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=self._cfg.micro_batch_size
         )
 
-    def _optimizers(self) -> list[ShardOptimizer]:
+    def optimizers(self) -> list[ShardOptimizer]:
+        """That of the policy and, with a critic, that of the value head."""
         return [self._actor] if self._critic is None else [self._actor, self._critic]
 
     def _trainable(self) -> tuple[dict[str, torch.Size], dict[str, torch.Tensor]]:
-        shapes = {name: shape for optimizer in self._optimizers() for name, shape in optimizer.shapes.items()}
-        shards = {name: own for optimizer in self._optimizers() for name, own in optimizer.shards.items()}
+        shapes = {name: shape for optimizer in self.optimizers() for name, shape in optimizer.shapes.items()}
+        shards = {name: own for optimizer in self.optimizers() for name, own in optimizer.shards.items()}
         return shapes, shards
 
 

@@ -116,6 +116,11 @@ class VLAModel(nn.Module, ABC):
     def encode_actions(self, actions: Float[Tensor, "B K D"]) -> Samples:
         """Turn env actions into samples (inverse of `decode_actions`, up to half a bin for tokens)."""
 
+    def key_value_bytes(self, rows: int) -> int:
+        """Bytes of keys and values that `sample` keeps from token to token; 0 where it decodes in one pass."""
+        del rows
+        return 0
+
     @abstractmethod
     def fsdp_units(self) -> Iterator[nn.Module]:
         """Submodules to shard one by one, in forward order (decoder layers, value head); the root comes last."""

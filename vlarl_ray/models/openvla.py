@@ -121,6 +121,16 @@ class OpenVLA(ChunkPolicyModel):
                 actions = self.distribution(logits)
             return tokens, actions.log_prob(tokens, temperature=temperature)
 
+    def key_value_bytes(self, rows: int) -> int:
+        """Keys and values of all layers at all positions, where decoding is autoregressive."""
+        config = self.model_config
+        if config.decoding == "parallel":
+            return 0
+        positions = config.max_prompt_tokens + self.num_patches + self.num_action_tokens - 1
+        head_dim = config.hidden_size // config.num_heads
+        per_position = 2 * config.num_layers * config.num_kv_heads * head_dim
+        return rows * positions * per_position * self.language_model.lm_head.weight.element_size()
+
     def fsdp_units(self) -> Iterator[nn.Module]:
         """Yield the decoder layers, then the value head (alone, as it stays in fp32)."""
         yield from self.language_model.model.layers
