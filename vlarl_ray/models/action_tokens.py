@@ -30,13 +30,18 @@ class ActionTokenizer:
         """Smallest action id: the id of logits column 0."""
         return self.vocab_size - self.num_bins
 
-    def encode(self, actions: Float[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+    def encode(self, actions: Float[Tensor, "*shape"], *, allow_infinite: bool = False) -> Int64[Tensor, "*shape"]:
         """Return the token of each number; beyond [-1, 1] it is that of the bound.
 
+        Args:
+            actions: Normalised.
+            allow_infinite: Take infinities for numbers beyond the bounds, as the published tokenizer does, to compare
+                with it. In data they are a fault, so they are refused otherwise.
+
         Raises:
-            ValueError: If a number is not finite.
+            ValueError: If a number is NaN, or infinite where that is not allowed.
         """
-        if not torch.isfinite(actions).all():
+        if actions.isnan().any() or not (allow_infinite or torch.isfinite(actions).all()):
             raise ValueError("actions hold a value that is not finite; it has no token. Check the demonstrations.")
         edges = self._edges(actions.device)
         return self.vocab_size - torch.bucketize(actions.double().clamp(-1.0, 1.0), edges, right=True)
@@ -56,15 +61,21 @@ class ActionTokenizer:
             )
         return columns
 
-    def decode(self, tokens: Int64[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+    def decode(self, tokens: Int64[Tensor, "*shape"], *, clip: bool = False) -> Float32[Tensor, "*shape"]:
         """Return the bin centre of each token.
 
+        Args:
+            tokens: Ids of the vocabulary.
+            clip: Decode any id below the action tokens as the lowest of them and any above as the highest, as the
+                published tokenizer does, to compare with it. A policy here never gives such an id.
+
         Raises:
-            ValueError: If a token is no action token.
+            ValueError: If a token is no action token and `clip` is off.
         """
         edges = self._edges(tokens.device)
         centers = (edges[:-1] + edges[1:]) / 2
-        bins = (self.num_bins - 1 - self.columns(tokens)).clamp(max=self.num_bins - 2)
+        columns = tokens - self.first_token if clip else self.columns(tokens)
+        bins = (self.num_bins - 1 - columns).clamp(0, self.num_bins - 2)
         return centers[bins].float()
 
     def _edges(self, device: torch.device) -> Tensor:
