@@ -114,6 +114,8 @@ class ModelConfig:
     """Proprioception dimensions the model reads (pixel_mlp); 0 reads none."""
     decoding: Literal["autoregressive", "parallel"] = "parallel"
     """`parallel` predicts all K*D tokens in one pass from learned query embeddings."""
+    prompt_style: Literal["openvla", "openvla-v01"] = "openvla"
+    """Text around an instruction; `openvla-v01` is that of the first release, with Vicuna's system prompt."""
     max_prompt_tokens: Positive = 13
     """Prompts are padded to this many tokens, so that shapes never vary; longer ones are refused."""
     official_unused: bool = False

@@ -126,7 +126,7 @@ def new_policy(
     Raises:
         ValueError: If a prompt of `instructions` is longer than `config.max_prompt_tokens`.
     """
-    tokenizer = PromptTokenizer.train(instructions, vocab_size=config.text_vocab_size)
+    tokenizer = PromptTokenizer.train(instructions, vocab_size=config.text_vocab_size, style=config.prompt_style)
     tokenizer.encode_batch(list(instructions), max_tokens=config.max_prompt_tokens)
     with torch.device("meta"):
         model = _model_class(config)(config, tokenizer, normalizer=normalizer, metadata=metadata)
@@ -268,10 +268,11 @@ def empty_model(folder: Path) -> tuple[ChunkPolicyModel, WeightFiles]:
     """
     description = describe_policy(folder)
     tokenizer_path = folder / "tokenizer.json"
+    config: ModelConfig = description["model"]
     with torch.device("meta"):
-        model = _model_class(description["model"])(
-            description["model"],
-            PromptTokenizer.load(tokenizer_path) if tokenizer_path.exists() else None,
+        model = _model_class(config)(
+            config,
+            PromptTokenizer.load(tokenizer_path, config.prompt_style) if tokenizer_path.exists() else None,
             normalizer=ActionNormalizer(**description["action_statistics"]),
             metadata=description["metadata"],
         )
