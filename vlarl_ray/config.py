@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from vlarl_ray.preprocessing_config import PreprocessingConfig
+
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 Positive = Annotated[int, Field(ge=1)]
@@ -78,6 +80,8 @@ class ModelConfig:
     """Registered model name, or `my_package.my_model:MyModel`."""
     image_size: Annotated[int, Field(ge=8)] = 64
     """Side the model expects; frames of another size are resized."""
+    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    """From camera frames to pixels."""
     patch_size: Positive = 8
     """Side of a vision patch, pixels."""
     num_register_tokens: NonNegative = 4

@@ -14,6 +14,7 @@ from typing import Any
 from vlarl_ray import metaworld_tasks, registry
 from vlarl_ray.config import ExperimentConfig, SamplingConfig
 from vlarl_ray.config_fields import field_docs
+from vlarl_ray.preprocessing_config import PreprocessingConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def check_config(cfg: ExperimentConfig, environ: Mapping[str, str] = os.environ)
         _tasks,
         _states,
         _model,
+        _preprocessing,
         _learning,
         _rollout,
         _sampling,
@@ -175,6 +177,23 @@ def _model(cfg: ExperimentConfig) -> Iterator[Problem]:
         fields = ("model.chunk_length", "env.max_env_steps")
         advice = f"a chunk is longer than an episode, env.max_env_steps = {cfg.env.max_env_steps}; shorten the chunk"
         yield Problem(fields, f"model.chunk_length = {model.chunk_length}: {advice}.")
+
+
+def _preprocessing(cfg: ExperimentConfig) -> Iterator[Problem]:
+    section, steps = "model.preprocessing", cfg.model.preprocessing.frame_steps
+    if cfg.model.architecture == "pixel_mlp" and cfg.model.preprocessing != PreprocessingConfig():
+        message = "is not for pixel_mlp, which resizes frames in its own way; leave it out"
+        yield Problem((section, "model.architecture"), f"{section} {message}.")
+        return
+    for step in sorted({step for step in steps if steps.count(step) > 1}):
+        message = f"names {step!r} more than once; name it once, where it is to be done"
+        yield Problem((f"{section}.frame_steps",), f"{section}.frame_steps {message}.")
+    settings = {"jpeg_quality": "jpeg", "lanczos_size": "lanczos", "crop_area": "center_crop"}
+    for field, step in settings.items():
+        path, value = f"{section}.{field}", getattr(cfg.model.preprocessing, field)
+        if step not in steps and value != getattr(PreprocessingConfig(), field):
+            message = f"has no effect unless {section}.frame_steps names {step!r}; add it there, or leave this out"
+            yield Problem((path, f"{section}.frame_steps"), f"{path} = {value}: {message}.")
 
 
 def _learning(cfg: ExperimentConfig) -> Iterator[Problem]:

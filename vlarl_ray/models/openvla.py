@@ -16,11 +16,8 @@ from vlarl_ray.models.chunk_policy import ChunkPolicyModel
 from vlarl_ray.models.heads import ValueHead
 from vlarl_ray.models.llama import LanguageModel, LlamaDims
 from vlarl_ray.models.lora import CRITIC, use_adapter
+from vlarl_ray.models.preprocessing import preprocess
 from vlarl_ray.models.vit import VisionTransformer
-
-# ImageNet statistics rounded to bfloat16, as the released preprocessor configs have them.
-_DINO_MEAN, _DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
-_SIGLIP_MEAN, _SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 class VisionBackbone(nn.Module):
@@ -145,21 +142,15 @@ class OpenVLA(ChunkPolicyModel):
         return (*last_blocks, f"{backbone}.fused_featurizer.attn_pool.")
 
     def preprocess(self, images: UInt8[Tensor, "B V H W 3"]) -> Float[Tensor, "B 6 S S"]:
-        """Scale frames to the model's size (bilinear, antialiased) and normalise them for both towers.
+        """Turn frames into pixels for both towers, as `config.preprocessing` declares (see `models.preprocessing`).
 
         Raises:
             ValueError: If there is more than one camera.
         """
         if images.shape[1] != 1:
             raise ValueError(f"images hold {images.shape[1]} cameras per observation; this model takes 1.")
-        pixels = images[:, 0].permute(0, 3, 1, 2).to(torch.float32).div(255)
-        size = self.model_config.image_size
-        if pixels.shape[-2:] != (size, size):
-            pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        mean, std = (
-            pixels.new_tensor(values)[:, None, None] for values in (_DINO_MEAN + _SIGLIP_MEAN, _DINO_STD + _SIGLIP_STD)
-        )
-        return ((pixels.repeat(1, 2, 1, 1) - mean) / std).to(self.language_model.model.norm.weight.dtype)
+        config, dtype = self.model_config, self.language_model.model.norm.weight.dtype
+        return preprocess(images, config.preprocessing, image_size=config.image_size, dtype=dtype)
 
     def _embed(
         self, inputs: PolicyInputs, tokens: Int64[Tensor, "B L"] | None, *, num_slots: int
