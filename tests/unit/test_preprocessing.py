@@ -235,6 +235,19 @@ def test_pixels_do_not_depend_on_the_batch(name):
         assert torch.equal(preprocess(images[rows], CONFIGS[name], image_size=32), whole[rows])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("step", ["lanczos", "center_crop", "bilinear-8bit", "bicubic"])
+def test_8_bit_frames_on_a_gpu_are_those_on_the_cpu(step):
+    config = PreprocessingConfig(frame_steps=(step,) if step in ("lanczos", "center_crop") else ())
+    kernel = "bicubic" if step == "bicubic" else "bilinear"
+    results = []
+    for images in (frames(8, 256, 320), frames(8, 256, 320).cuda()):
+        done = apply_frame_steps(images, config, image_size=224)
+        results.append((done if config.frame_steps else pillow_resize(done, (224, 224), kernel=kernel)).cpu())
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("size", [(20, 20), (32, 32), (100, 37), (37, 100), (33, 32), (10, 9)])
 def test_frames_of_any_shape_fill_the_models_square(name, size):
