@@ -72,6 +72,18 @@ def test_useless_statistics_are_refused():
         ActionNormalizer((1.0,), (2.0, 3.0), (True,))
 
 
+def test_an_epsilon_widens_the_range_in_both_directions():
+    """OpenVLA-OFT adds 1e-8; with it a dimension may be constant."""
+    normalizer = ActionNormalizer.from_statistics([0.0, 0.5], [1.0, 0.5], None, epsilon=0.5)
+    actions = torch.tensor([1.5, 1.0])
+    assert normalizer.normalize(actions).tolist() == [1.0, 1.0]
+    assert normalizer.unnormalize(torch.ones(2)).tolist() == [1.5, 1.0]
+    tiny = ActionNormalizer.from_statistics([0.5], [0.5], None, epsilon=1e-8)
+    assert tiny.unnormalize(torch.tensor([0.3])).tolist() == [0.5]
+    with pytest.raises(ValueError, match="not below"):
+        ActionNormalizer.from_statistics([0.6], [0.5], None, epsilon=1e-8)
+
+
 def test_temperature_divides_the_logits_of_score_and_sample_alike_f44():
     logits, columns = torch.randn(5, 3, 8), torch.randint(0, 8, (5, 3))
     expected = torch.log_softmax(logits / 1.5, -1).gather(-1, columns[..., None])[..., 0]

@@ -88,11 +88,16 @@ class ActionNormalizer:
     """Map between env units and [-1, 1], per dimension.
 
     `q01` goes to -1 and `q99` to +1 where `mask` is true; other dimensions (the gripper) pass through.
+
+    Source:
+        OpenVLA's `norm_stats`; OpenVLA-OFT adds 1e-8 to the range q99 - q01, in both directions.
     """
 
     q01: tuple[float, ...]
     q99: tuple[float, ...]
     mask: tuple[bool, ...]
+    epsilon: float = 0.0
+    """Added to the range; above 0, a dimension may be constant (q01 = q99)."""
 
     def __post_init__(self) -> None:
         if not len(self.q01) == len(self.q99) == len(self.mask):
@@ -101,7 +106,7 @@ class ActionNormalizer:
                 "each must have one per action dimension."
             )
         for low, high, used in zip(self.q01, self.q99, self.mask, strict=True):
-            if used and not low < high:
+            if used and not low < high + self.epsilon:
                 raise ValueError(f"action statistics: q01 = {low} is not below q99 = {high}; mask this dimension out.")
 
     @classmethod
@@ -111,24 +116,24 @@ class ActionNormalizer:
 
     @classmethod
     def from_statistics(
-        cls, q01: Sequence[float], q99: Sequence[float], mask: Sequence[bool] | None
+        cls, q01: Sequence[float], q99: Sequence[float], mask: Sequence[bool] | None, *, epsilon: float = 0.0
     ) -> ActionNormalizer:
         """Take the `action` entry of OpenVLA's `norm_stats`; a missing mask means all true."""
-        return cls(tuple(q01), tuple(q99), (True,) * len(q01) if mask is None else tuple(mask))
+        return cls(tuple(q01), tuple(q99), (True,) * len(q01) if mask is None else tuple(mask), epsilon)
 
     def unnormalize(self, actions: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Turn model numbers into env units."""
-        low, high, mask = self._tensors(actions)
-        return torch.where(mask, 0.5 * (actions + 1) * (high - low) + low, actions)
+        low, span, mask = self._tensors(actions)
+        return torch.where(mask, 0.5 * (actions + 1) * span + low, actions)
 
     def normalize(self, actions: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Turn env units into model numbers."""
-        low, high, mask = self._tensors(actions)
-        return torch.where(mask, 2 * (actions - low) / torch.where(mask, high - low, 1) - 1, actions)
+        low, span, mask = self._tensors(actions)
+        return torch.where(mask, 2 * (actions - low) / torch.where(mask, span, 1) - 1, actions)
 
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low, high = (torch.tensor(q, dtype=like.dtype, device=like.device) for q in (self.q01, self.q99))
-        return low, high, torch.tensor(self.mask, device=like.device)
+        return low, high - low + self.epsilon, torch.tensor(self.mask, device=like.device)
 
 
 def action_logprobs(
