@@ -16,7 +16,7 @@ def pixel_mlp(seed=0, **changes):
     """The toy suites' model, with logits and values that differ from zero."""
     model = new_policy(dataclasses.replace(TINY, architecture="pixel_mlp", **changes), INSTRUCTIONS, seed)
     with torch.no_grad():
-        model.action_head.weight.mul_(40)
+        model.output_layer.weight.mul_(40)
         model.value_head[-1].weight.normal_(generator=torch.Generator().manual_seed(seed))
     return model
 

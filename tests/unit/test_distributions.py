@@ -31,7 +31,7 @@ def continuous_model(kind, seed=0, **changes):
         dataclasses.replace(TINY, architecture="pixel_mlp", action_head=kind, **changes), INSTRUCTIONS, seed
     )
     with torch.no_grad():
-        model.action_head.weight.mul_(40)
+        model.output_layer.weight.mul_(40)
     return model
 
 

@@ -24,6 +24,7 @@ from vlarl_ray.models.chunk_policy import ChunkPolicyModel
 from vlarl_ray.models.distributions import samples_to_numpy, samples_to_torch
 from vlarl_ray.models.heads import HEADS, ScaleHead
 from vlarl_ray.models.lora import lora_layers
+from vlarl_ray.models.proprio import ProprioNormalizer
 from vlarl_ray.models.tokenizer import PromptTokenizer
 from vlarl_ray.models.vit import LayerScale
 from vlarl_ray.models.weight_files import MAX_FILE_BYTES, WeightFiles, remove_weights, write_files
@@ -112,6 +113,7 @@ def new_policy(
     seed: int,
     *,
     normalizer: ActionNormalizer | None = None,
+    proprio_normalizer: ProprioNormalizer | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> ChunkPolicyModel:
     """Make an untrained model; the same arguments give the same weights, bit for bit.
@@ -121,6 +123,7 @@ def new_policy(
         instructions: Sentences that the tokenizer should encode in few tokens; others encode in more.
         seed: Of the weights.
         normalizer: Between env units and [-1, 1]; None passes actions through.
+        proprio_normalizer: From raw proprioception to [-1, 1]; None passes it through.
         metadata: JSON facts to keep with the weights, such as camera and render profile.
 
     Raises:
@@ -129,7 +132,9 @@ def new_policy(
     tokenizer = PromptTokenizer.train(instructions, vocab_size=config.text_vocab_size, style=config.prompt_style)
     tokenizer.encode_batch(list(instructions), max_tokens=config.max_prompt_tokens)
     with torch.device("meta"):
-        model = _model_class(config)(config, tokenizer, normalizer=normalizer, metadata=metadata)
+        model = _model_class(config)(
+            config, tokenizer, normalizer=normalizer, proprio_normalizer=proprio_normalizer, metadata=metadata
+        )
     model.to_empty(device="cpu")
     _init_weights(model, seed)
     return model
@@ -153,14 +158,20 @@ def add_scale_head(
             f"model.action_head = {model.model_config.action_head!r}: a scale head is added to 'l1' policies only."
         )
     config = replace(model.model_config, action_head=kind)  # type: ignore[type-var]
-    widened = type(model)(config, model.tokenizer, normalizer=model.normalizer, metadata=model.metadata)
+    widened = type(model)(
+        config,
+        model.tokenizer,
+        normalizer=model.normalizer,
+        proprio_normalizer=model.proprio_normalizer,
+        metadata=model.metadata,
+    )
     loaded = widened.load_state_dict(model.state_dict(), strict=False)
     assert not loaded.unexpected_keys
     assert all(name.startswith("scale_head.") for name in loaded.missing_keys)
-    last = widened.get_submodule("scale_head.2")
+    head = cast(ScaleHead, widened.get_submodule("scale_head"))
     with torch.no_grad():
-        nn.init.zeros_(cast(nn.Linear, last).weight)
-        nn.init.constant_(cast(nn.Linear, last).bias, log_scale)
+        _draw_weights(head, torch.Generator().manual_seed(0))  # alike in every process
+        head.make_constant(log_scale)
     return widened
 
 
@@ -178,6 +189,7 @@ def save_policy(model: ChunkPolicyModel, folder: Path) -> None:
         "format": FORMAT,
         "model": asdict(model.model_config),  # type: ignore[call-overload]
         "action_statistics": asdict(model.normalizer),
+        "proprio_statistics": None if model.proprio_normalizer is None else asdict(model.proprio_normalizer),
         "metadata": model.metadata,
     }
     _write_folder(folder, description, model.tokenizer, model.state_dict().items())
@@ -229,7 +241,7 @@ def load_policy(
 
     Args:
         folder_or_uri: Folder, or a `pyarrow.fs` URI of one (`s3://...`), which is copied to a temporary folder first.
-        dtype: Precision of everything but the value and scale heads, which stay fp32.
+        dtype: Precision of everything but the heads (of value, action and scale), which are fp32 always.
         device: A torch device.
 
     Raises:
@@ -252,8 +264,7 @@ def load_model(
         tensors = {name: tensor.to(device, copy=True) for name, tensor in every}
     model.load_state_dict(tensors, assign=True)
     for name, module in model.named_children():
-        if f"{name}." not in HEADS:
-            module.to(DTYPES[dtype])
+        module.to(torch.float32 if f"{name}." in HEADS else DTYPES[dtype])
     for parameter in model.parameters(recurse=False):
         parameter.data = parameter.data.to(DTYPES[dtype])
     return model
@@ -267,6 +278,7 @@ def empty_model(folder: Path) -> tuple[ChunkPolicyModel, WeightFiles]:
         ValueError: If its tensors are not those of the model it describes.
     """
     description = describe_policy(folder)
+    proprio = description["proprio_statistics"]
     tokenizer_path = folder / "tokenizer.json"
     config: ModelConfig = description["model"]
     with torch.device("meta"):
@@ -274,6 +286,7 @@ def empty_model(folder: Path) -> tuple[ChunkPolicyModel, WeightFiles]:
             config,
             PromptTokenizer.load(tokenizer_path, config.prompt_style) if tokenizer_path.exists() else None,
             normalizer=ActionNormalizer(**description["action_statistics"]),
+            proprio_normalizer=None if proprio is None else ProprioNormalizer(**proprio),
             metadata=description["metadata"],
         )
     weights = policy_weights(folder)
@@ -291,7 +304,11 @@ def _model_class(config: ModelConfig) -> type[ChunkPolicyModel]:
 
 
 def describe_policy(folder: Path) -> dict[str, Any]:
-    """Read a policy folder's `config.json`: `model` (ModelConfig), `action_statistics`, `metadata`.
+    """Read a policy folder's `config.json`.
+
+    Returns:
+        `model` (ModelConfig), `action_statistics` and `proprio_statistics` (keyword arguments of their normalisers; the
+        latter None where there are none), `metadata`.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -309,11 +326,18 @@ def describe_policy(folder: Path) -> dict[str, Any]:
                 f"{path}: format = {description.get('format')!r}, expected {FORMAT!r}; this is no policy folder."
             )
         description["model"] = TypeAdapter(ModelConfig).validate_python(description["model"])
-        description["action_statistics"] = {name: tuple(v) for name, v in description["action_statistics"].items()}
+        description["action_statistics"] = _with_tuples(description["action_statistics"])
+        description["proprio_statistics"] = _with_tuples(description.get("proprio_statistics"))
         description.setdefault("metadata", {})
     except (json.JSONDecodeError, KeyError, ValidationError) as error:
         raise ValueError(f"{path} is damaged or from another version: {error}") from error
     return description
+
+
+def _with_tuples(statistics: dict[str, Any] | None) -> dict[str, Any] | None:
+    if statistics is None:
+        return None
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in statistics.items()}
 
 
 @contextmanager
@@ -332,25 +356,29 @@ def _local(folder_or_uri: str | Path) -> Iterator[Path]:
 def _init_weights(model: ChunkPolicyModel, seed: int) -> None:
     """Draw weights on the CPU in the order of module names."""
     generator = torch.Generator().manual_seed(seed)
-
-    def normal(tensor: Tensor, std: float) -> None:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
-
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                normal(module.weight, module.weight[0].numel() ** -0.5)
-                if module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                module.reset_parameters()
-            elif isinstance(module, LayerScale):
-                module.scale_factor.fill_(1.0)
-            else:
-                for parameter in module.parameters(recurse=False):
-                    normal(parameter, 0.02)
-        normal(model.action_head.weight, 0.02)  # near-uniform actions at first
+        _draw_weights(model, generator)
+        _draw(model.output_layer.weight, 0.02, generator)  # near-uniform actions at first
         for module in model.modules():
             if isinstance(module, ScaleHead):
                 module.reset_last_layer(generator)
         nn.init.zeros_(cast(nn.Linear, model.value_head[-1]).weight)  # value 0 at first
+
+
+def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            _draw(module.weight, module.weight[0].numel() ** -0.5, generator)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            module.reset_parameters()
+        elif isinstance(module, LayerScale):
+            module.scale_factor.fill_(1.0)
+        else:
+            for parameter in module.parameters(recurse=False):
+                _draw(parameter, 0.02, generator)
+
+
+def _draw(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
