@@ -73,6 +73,24 @@ class TowerConfig:
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
+class OFTConfig:
+    """What OpenVLA-OFT has beyond OpenVLA; for openvla_oft."""
+
+    num_cameras: Positive = 1
+    """Frames per observation, the primary camera's first."""
+    passes: Literal["one", "two"] = "one"
+    """`one`: everything sees everything (OpenVLA-OFT). `two`: the prompt does not see what follows it (RIPT-VLA)."""
+    detach_prompt: bool = False
+    """With two passes: no gradient through the prompt's, as in RIPT-VLA; saves memory, but the towers learn nothing."""
+    stop_token_id: NonNegative = 2
+    """Text id after the placeholders of the actions."""
+    head_width: Positive | None = None
+    """Width of the action and scale heads; None takes `hidden_size`, as published."""
+    num_head_blocks: NonNegative = 2
+    """Residual blocks of the action and scale heads."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
 class ModelConfig:
     """OpenVLA-shaped policy; the defaults are the laptop size, about a million parameters."""
 
@@ -105,7 +123,7 @@ class ModelConfig:
     pad_to_multiple_of: Positive = 64
     """The embedding matrix is rounded up to a multiple of this."""
     action_head: Literal["tokens", "gaussian", "laplace", "l1"] = "tokens"
-    """Actions as tokens, or as continuous numbers (pixel_mlp); `l1` has no spread, and no likelihood to train by RL."""
+    """Actions as tokens, or as continuous numbers (not openvla); `l1` has no spread, and no likelihood for RL."""
     log_scale_range: tuple[float, float] = (-5.0, 2.0)
     """Least and largest log-scale of `gaussian` and `laplace`, in sampler and scorer alike; RIPT-VLA's is -2, 0.5."""
     num_action_bins: Annotated[int, Field(ge=2)] = 256
@@ -115,7 +133,7 @@ class ModelConfig:
     chunk_length: Positive = 5
     """Env steps K per decision."""
     proprio_dim: NonNegative = 0
-    """Proprioception dimensions the model reads (pixel_mlp); 0 reads none."""
+    """Proprioception dimensions the model reads (not openvla); 0 reads none."""
     decoding: Literal["autoregressive", "parallel"] = "parallel"
     """`parallel` predicts all K*D tokens in one pass from learned query embeddings."""
     prompt_style: Literal["openvla", "openvla-v01"] = "openvla"
@@ -126,6 +144,8 @@ class ModelConfig:
     """Carry the parameters that official checkpoints hold but never use (last vision blocks, final norms, pooling)."""
     value_hidden_sizes: tuple[Positive, ...] = (128, 64)
     """Hidden widths of the value head (ReLU MLP, fp32)."""
+    oft: OFTConfig = field(default_factory=OFTConfig)
+    """For openvla_oft."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

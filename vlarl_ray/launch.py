@@ -312,7 +312,7 @@ def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder
     model, architecture = cfg.model, resolve(MODELS, cfg.model.architecture, what="model.architecture")
     probe = make_probe(
         [suite.instruction(task_id) for task_id in suite.task_ids],
-        image_shape=(1, cfg.env.image_size, cfg.env.image_size, 3),
+        image_shape=(model.oft.num_cameras, cfg.env.image_size, cfg.env.image_size, 3),
         proprio_dim=suite.proprio_dim,
         token_ids=range(model.text_vocab_size, model.text_vocab_size + model.num_action_bins)
         if model.action_head == "tokens"

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
-from tests.small_openvla import INSTRUCTIONS, TINY, noise, observations, tiny
+from tests.small_openvla import INSTRUCTIONS, TINY, observations, tiny, tiny_oft
 from vlarl_ray.config import LoraConfig
 from vlarl_ray.models import VLAModel, action_logprobs, load_model, new_policy
-from vlarl_ray.models.lora import attach_lora
+from vlarl_ray.models.heads import HEADS
+from vlarl_ray.models.lora import attach_lora, lora_layers
 from vlarl_ray.registry import MODELS, resolve
 
 
@@ -21,16 +23,35 @@ def pixel_mlp(seed=0, **changes):
     return model
 
 
-BUILDERS = {"openvla": tiny, "pixel_mlp": pixel_mlp}
+VARIANTS = {
+    "openvla": (tiny, {}),
+    "openvla autoregressive": (tiny, {"decoding": "autoregressive"}),
+    "openvla_oft tokens": (tiny_oft, {"action_head": "tokens", "num_cameras": 1, "proprio_dim": 0}),
+    "openvla_oft laplace": (tiny_oft, {}),
+    "openvla_oft gaussian, two passes": (tiny_oft, {"action_head": "gaussian", "passes": "two"}),
+    "openvla_oft l1": (tiny_oft, {"action_head": "l1"}),
+    "pixel_mlp": (pixel_mlp, {}),
+    "pixel_mlp gaussian": (pixel_mlp, {"action_head": "gaussian"}),
+}
 
 
-@pytest.fixture(params=sorted(MODELS))
+@pytest.fixture(params=VARIANTS)
 def build(request):
-    return BUILDERS[request.param]
+    builder, changes = VARIANTS[request.param]
+    return lambda: builder(**changes)
+
+
+def noise(model, batch=3):
+    return model.draw_noise(np.stack([np.ones(batch), np.arange(batch)], 1).astype(np.uint64))
+
+
+def head(output):
+    """What the actions depend on: logits, or locations."""
+    return output.actions.logits if hasattr(output.actions, "logits") else output.actions.location
 
 
 def test_every_registered_model_is_covered_here():
-    assert BUILDERS.keys() == MODELS.keys()
+    assert {variant.split()[0] for variant in VARIANTS} == MODELS.keys()
     for name in MODELS:
         assert issubclass(resolve(MODELS, name, what="model.architecture"), VLAModel)
 
@@ -39,27 +60,32 @@ def test_every_registered_model_is_covered_here():
 def test_sampled_logprob_is_the_scored_logprob(build, temperature):
     model = build()
     inputs = observations(model)
-    tokens, sampled = model.sample(inputs, temperature=temperature, noise=noise(model))
-    columns = tokens - model.first_action_token
-    scored = action_logprobs(model(inputs, tokens).actions.logits, columns, temperature=temperature)
-    torch.testing.assert_close(sampled, scored, rtol=0, atol=1e-4)
+    samples, sampled = model.sample(inputs, temperature=temperature, noise=noise(model))
+    actions = model(inputs, samples).actions
+    torch.testing.assert_close(sampled, actions.log_prob(samples, temperature=temperature), rtol=0, atol=1e-4)
+    if model.model_config.action_head == "tokens":
+        columns = samples - model.first_action_token
+        scored = action_logprobs(actions.logits, columns, temperature=temperature)
+        torch.testing.assert_close(sampled, scored, rtol=0, atol=1e-4)
+    assert (sampled.std(0) > 1e-3).all()
 
 
-def test_output_has_one_value_per_row_and_logits_per_action_token(build):
+def test_output_has_one_value_per_row_and_one_distribution_per_number(build):
     model = build()
     inputs = observations(model, 4)
-    tokens, _ = model.sample(inputs, temperature=0.0, noise=None)
-    output = model(inputs, tokens)
+    samples, _ = model.sample(inputs, temperature=0.0, noise=None)
+    output = model(inputs, samples)
     assert output.values.shape == (4,)
-    assert output.actions.logits.shape[:2] == (4, model.num_action_tokens) == (4, model.chunk_length * model.action_dim)
+    assert head(output).shape[:2] == (4, model.num_action_tokens) == (4, model.chunk_length * model.action_dim)
     assert dataclasses.is_dataclass(output.actions)  # FSDP must find the tensors of an output, and looks into these
-    assert output.values.dtype == output.actions.logits.dtype == torch.float32
+    assert output.values.dtype == head(output).dtype == torch.float32
+    assert (output.actions.mode_error(samples) == 0).all()
 
 
 def test_actions_round_trip_within_half_a_bin(build):
     model = build()
-    tokens, _ = model.sample(observations(model), temperature=1.0, noise=noise(model))
-    actions = model.decode_actions(tokens)
+    samples, _ = model.sample(observations(model), temperature=1.0, noise=noise(model))
+    actions = model.decode_actions(samples)
     assert actions.shape == (3, model.chunk_length, model.action_dim)
     assert (model.decode_actions(model.encode_actions(actions)) - actions).abs().max() < 1e-6
 
@@ -75,41 +101,82 @@ def test_prompts_have_one_fixed_length(build):
 def test_value_changes_with_image_and_prompt_but_not_with_padding(build):
     model = build()
     inputs = observations(model)
-    tokens, _ = model.sample(inputs, temperature=0.0, noise=None)
-    values = model(inputs, tokens).values
+    samples, _ = model.sample(inputs, temperature=0.0, noise=None)
+    values = model(inputs, samples).values
     other_images = dataclasses.replace(inputs, images=255 - inputs.images)
-    assert ((model(other_images, tokens).values - values).abs() > 1e-4).all()
+    assert ((model(other_images, samples).values - values).abs() > 1e-4).all()
     ids, lengths = model.encode_prompts(INSTRUCTIONS[1:] + INSTRUCTIONS[:1])
     reworded = dataclasses.replace(inputs, prompt_ids=ids, prompt_lengths=lengths)
-    assert ((model(reworded, tokens).values - values).abs() > 1e-4).all()
+    assert ((model(reworded, samples).values - values).abs() > 1e-4).all()
     longer = dataclasses.replace(inputs, prompt_ids=torch.nn.functional.pad(inputs.prompt_ids, (0, 6), value=9))
-    torch.testing.assert_close(model(longer, tokens).values, values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(longer, samples).values, values, rtol=0, atol=1e-5)
 
 
-def test_fsdp_units_are_disjoint_submodules_that_hold_the_value_head(build):
+def test_value_does_not_depend_on_the_chunk(build):
+    model = build()
+    inputs = observations(model)
+    one, _ = model.sample(inputs, temperature=1.0, noise=noise(model))
+    torch.testing.assert_close(model(inputs, one).values, model(inputs, one.roll(1, 1)).values, rtol=0, atol=1e-6)
+
+
+def test_fsdp_units_are_disjoint_submodules_that_hold_the_heads(build):
     model = build()
     units = list(model.fsdp_units())
     parameters = [id(parameter) for unit in units for parameter in unit.parameters()]
     assert len(parameters) == len(set(parameters))
     assert units[-1] is model.value_head
+    heads = [module for name, module in model.named_children() if f"{name}." in HEADS]
+    assert all(any(unit is module for unit in units) for module in heads)  # alone, as they alone compute in fp32
 
 
 def test_reference_policy_is_the_model_before_adapters(build):
-    inputs = observations(build())
-    before, model = build()(inputs), build()
+    before, model = build(), build()
+    inputs = observations(before)
+    tokens, _ = before.sample(inputs, temperature=0.0, noise=None)
+    expected = head(before(inputs, tokens))
     attach_lora(model, LoraConfig(rank=2), seed=0)
+    assert not any(name.startswith(HEADS) for name in lora_layers(model))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.add_(0.05)
-    assert (model(inputs).actions.logits - before.actions.logits).abs().max() > 1e-3
+    assert (head(model(inputs, tokens)) - expected).abs().max() > 1e-3
     with model.adapters_disabled():
-        assert torch.equal(model(inputs).actions.logits, before.actions.logits)
+        assert torch.equal(head(model(inputs, tokens)), expected)
+
+
+def test_every_trainable_parameter_gets_a_gradient(build):
+    """With adapters and without; what is carried but not computed has no adapters."""
+    for adapts in (False, True):
+        model = build()
+        if adapts:
+            attach_lora(model, LoraConfig(rank=2), seed=0)
+        inputs = observations(model)
+        samples, _ = model.sample(inputs, temperature=1.0, noise=noise(model))
+        output = model(inputs, samples)
+        (output.actions.log_prob(samples, temperature=1.0).mean() + output.values.sum()).backward()
+        assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_saved_model_is_the_same_model(build, tmp_path):
     model = build()
     model.save(tmp_path)
+    loaded, inputs = load_model(tmp_path), observations(model)
+    samples, logprobs = model.sample(inputs, temperature=1.0, noise=noise(model))
+    again, others = loaded.sample(inputs, temperature=1.0, noise=noise(model))
+    assert torch.equal(samples, again)
+    assert torch.equal(logprobs, others)
+    assert torch.equal(model(inputs, samples).values, loaded(inputs, samples).values)
+    assert loaded.model_config == model.model_config
+    assert (loaded.normalizer, loaded.proprio_normalizer) == (model.normalizer, model.proprio_normalizer)
+
+
+def test_half_precision_leaves_the_heads_alone(build, tmp_path):
+    build().save(tmp_path)
+    model = load_model(tmp_path, dtype="bfloat16")
+    types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert all((dtype == torch.float32) == name.startswith(HEADS) for name, dtype in types.items())
     inputs = observations(model)
-    assert torch.equal(load_model(tmp_path)(inputs).actions.logits, model(inputs).actions.logits)
-    assert load_model(tmp_path).model_config == model.model_config
+    samples, logprobs = model.sample(inputs, temperature=1.0, noise=noise(model))
+    output = model(inputs, samples)
+    assert output.values.dtype == logprobs.dtype == head(output).dtype == torch.float32

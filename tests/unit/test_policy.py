@@ -75,6 +75,17 @@ def test_a_folder_gives_back_the_same_policy(tmp_path):
         assert np.array_equal(ours.logprobs, theirs.logprobs)
 
 
+def test_a_folder_of_an_earlier_version_lacks_statistics_that_then_have_their_defaults(folder):
+    path = folder / "config.json"
+    description = json.loads(path.read_text())
+    del description["proprio_statistics"], description["action_statistics"]["epsilon"], description["model"]["oft"]
+    path.write_text(json.dumps(description))
+    model = load_model(folder)
+    assert model.proprio_normalizer is None
+    assert model.normalizer.epsilon == 0
+    assert model.model_config == TINY
+
+
 def test_a_uri_is_a_folder_too(folder):
     loaded = load_policy(folder.as_uri())
     assert np.array_equal(loaded.act(observations())[0].tokens, load_policy(folder).act(observations())[0].tokens)

@@ -306,8 +306,13 @@ def _check_supported(
             "algorithm.kl_coef needs a reference policy, which is the one with adapters disabled; "
             "set it to 0 or learner.train to 'lora'."
         )
-    trains_scale = any(p.requires_grad for name, p in model.named_parameters() if name.startswith("scale_head."))
-    if trains_scale and algorithm.needs_reference:
+    trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    if algorithm.needs_reference and "action_head" in trained:
+        raise ValueError(
+            "algorithm.kl_coef needs a reference policy, the one with adapters disabled, but the action head is "
+            "trained whole; set algorithm.kl_coef to 0."
+        )
+    if algorithm.needs_reference and "scale_head" in trained:
         raise ValueError(
             "algorithm.kl_coef needs a reference policy, the one with adapters disabled, but the scale head is trained "
             "whole; set learner.train_scale_head to false, or algorithm.kl_coef to 0."
