@@ -91,8 +91,10 @@ def load_folder(*, folder: str, train: str, **ranks) -> dict:
         temperature=1.0,
         policy_version=0,
     )
-    tokens = np.full((2, cfg.model.chunk_length * cfg.model.action_dim), cfg.model.text_vocab_size + 7)
-    result = {"parameters": arrays.get("parameters", {}), "logprobs": learner.logprobs(request, tokens)}
+    model = learner._model.model_config
+    token = model.text_vocab_size + 7 if model.action_head == "tokens" else np.float32(0.3)
+    samples = np.full((2, model.chunk_length * model.action_dim), token)
+    result = {"parameters": arrays.get("parameters", {}), "logprobs": learner.logprobs(request, samples)}
     learner.shutdown()
     return result
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.toy_run import toy_config
 from tests.learner_runs import run_ranks
+from vlarl_ray.config import OFTConfig
 from vlarl_ray.models import new_policy
 from vlarl_ray.models.lora import adapter_tensors, attach_lora
 from vlarl_ray.models.policy import load_model
@@ -18,11 +19,19 @@ from vlarl_ray.models.weight_files import write_files
 INSTRUCTIONS = ("reach the cross",)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(
+    scope="module",
+    params=[
+        {},
+        {"architecture": "openvla_oft", "action_head": "laplace", "proprio_dim": 2, "oft": OFTConfig(passes="two")},
+    ],
+    ids=["openvla", "openvla_oft"],
+)
+def folder(request, tmp_path_factory):
     """A policy in several files, most of whose dimensions no number of ranks divides."""
     path = tmp_path_factory.mktemp("policy")
-    model = new_policy(replace(toy_config(path).model, value_hidden_sizes=(7,)), INSTRUCTIONS, 0)
+    config = replace(toy_config(path).model, value_hidden_sizes=(7,), **request.param)
+    model = new_policy(config, INSTRUCTIONS, 0)
     model.save(path)
     tensors = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()
