@@ -91,7 +91,7 @@ def load_folder(*, folder: str, train: str, **ranks) -> dict:
         temperature=1.0,
         policy_version=0,
     )
-    model = learner._model.model_config
+    model = learner.model.model_config
     token = model.text_vocab_size + 7 if model.action_head == "tokens" else np.float32(0.3)
     samples = np.full((2, model.chunk_length * model.action_dim), token)
     result = {"parameters": arrays.get("parameters", {}), "logprobs": learner.logprobs(request, samples)}

@@ -323,7 +323,7 @@ def test_what_a_learner_publishes_is_what_a_server_acts_with(tmp_path, trained):
     learner = build_learner(cfg, tmp_path, rank=0, world_size=1, store_address=None)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in learner._model.parameters():
+        for parameter in learner.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     update = learner.weight_update(1)
@@ -331,7 +331,7 @@ def test_what_a_learner_publishes_is_what_a_server_acts_with(tmp_path, trained):
     assert published == {"action_head", "value_head"} | ({"scale_head"} if trained else set())
     engine = TorchEngine(tmp_path, InferenceConfig(batch_size=2), deterministic=True)
     engine.load(update)
-    inputs = observations(learner._model)
+    inputs = observations(learner.model)
     request = ActRequest(
         images=inputs.images.numpy(),
         proprio=inputs.proprio.numpy(),
