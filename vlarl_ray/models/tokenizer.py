@@ -121,6 +121,11 @@ class PromptTokenizer:
         """Ids in use, added tokens included."""
         return self.tokenizer.get_vocab_size()
 
+    @property
+    def num_base_tokens(self) -> int:
+        """Ids without added tokens such as padding."""
+        return self.tokenizer.get_vocab_size(with_added_tokens=False)
+
     def encode(self, instruction: str) -> list[int]:
         """Return the ids of one prompt, without padding."""
         if instruction not in self._ids:
