@@ -207,6 +207,19 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     return EXIT_OK if all(finding.ok for finding in findings) else EXIT_FAILURE
 
 
+def _export(args: argparse.Namespace, overrides: list[str]) -> int:
+    target, overrides = _take(overrides, "--to")
+    run_dir = _run_dir(args, overrides)
+    if target is None:
+        raise ValueError("--to is missing; write vlarl export RUN_DIR --to FOLDER.")
+    from pathlib import Path
+
+    from vlarl_ray.models.policy_export import export_policy
+
+    own = [folder for name in ("policy_final", "policy") if (folder := Path(run_dir) / name).is_dir()]
+    return _print(str(export_policy(own[0] if own else Path(run_dir), Path(target))))
+
+
 def _take(overrides: list[str], name: str) -> tuple[str | None, list[str]]:
     """Take an option that is no config field, `--name value` or `--name=value`, out of the overrides."""
     value, rest, words = None, [], list(overrides)
@@ -244,6 +257,12 @@ COMMANDS = {
     ),
     "collect": Command("Collect demonstrations with the scripted experts.", _collect),
     "report": Command("Write report.html of a run folder.", _report, takes_config=False),
+    "export": Command(
+        "Write a run's policy, or a policy folder, in the published layout of OpenVLA or OpenVLA-OFT.",
+        _export,
+        takes_config=False,
+        more_usage=" --to FOLDER",
+    ),
     "doctor": Command(
         "Check what this machine offers (OpenGL, torch, Ray, disk, memory), and what a preset's tensors need of it.",
         _doctor,

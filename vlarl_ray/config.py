@@ -485,7 +485,9 @@ class ExperimentConfig:
     run_dir: str | None = None
     """Run folder on a local or mounted file system; None takes `runs/<name>-seed<seed>`."""
     policy: str | None = None
-    """Policy folder to start from; None collects demonstrations and fine-tunes a new policy."""
+    """Policy folder or published checkpoint to start from; None fine-tunes a new policy on demonstrations."""
+    unnorm_key: str | None = None
+    """Dataset whose action statistics a published checkpoint is to use; None where it has those of one only."""
     num_iterations: NonNegative = 40
     """Rollout iterations (attempts at an update)."""
     max_rl_seconds: PositiveFloat | None = None

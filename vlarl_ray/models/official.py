@@ -28,6 +28,8 @@ from vlarl_ray.registry import suggest
 
 _LOG = logging.getLogger(__name__)
 
+HEADS_FILE = "heads.safetensors"
+"""Of our own: heads that only RL needs, beside a checkpoint or in the folder that refers to one."""
 OFT_EPSILON = 1e-8
 """OpenVLA-OFT adds it to the range of every action dimension; OpenVLA does not."""
 _TOWERS = {
@@ -93,10 +95,7 @@ def read_official(folder: Path, wanted: ModelConfig, *, unnorm_key: str | None =
     components = _component_files(folder)
     is_oft = wanted.architecture == "openvla_oft" or bool(components)
     statistics = _statistics(folder, config, unnorm_key)
-    weights = WeightFiles.of_folder(folder)
-    for component, path in components.items():
-        file = WeightFiles.of_file(path)
-        weights = weights | file.renamed(component_names(component, file))
+    weights = _all_weights(folder)
     determined = _determined(config, statistics, weights, is_oft=is_oft)
     processor = folder / "preprocessor_config.json"
     if processor.exists():
@@ -109,7 +108,9 @@ def read_official(folder: Path, wanted: ModelConfig, *, unnorm_key: str | None =
             "model.oft.passes say; the checkpoint does not",
             folder, model.chunk_length, model.oft.num_cameras, model.oft.passes,
         )  # fmt: skip
-    tokenizer = _tokenizer(folder, model)
+    # A tokenizer made offline has fewer tokens than its model has text ids; whoever exported it says how many.
+    num_tokens = config.get("tiny", {}).get("num_base_tokens", model.text_vocab_size + model.num_action_bins)
+    tokenizer = _tokenizer(folder, model, num_tokens)
     action, proprio = statistics["action"], statistics.get("proprio")
     normalizer = ActionNormalizer.from_statistics(action["q01"], action["q99"], action.get("mask"))
     return OfficialPolicy(
@@ -122,6 +123,21 @@ def read_official(folder: Path, wanted: ModelConfig, *, unnorm_key: str | None =
         weights=weights.without(_unused(weights, model)),
         metadata={"official": {"config": config, "unnorm_key": unnorm_key or _only(statistics["all_keys"])}},
     )
+
+
+def official_weights(folder: Path, model: ModelConfig) -> WeightFiles:
+    """Find the tensors of a checkpoint folder that a model of this config has."""
+    weights = _all_weights(folder)
+    return weights.without(_unused(weights, model))
+
+
+def _all_weights(folder: Path) -> WeightFiles:
+    weights = WeightFiles.of_folder(folder)
+    for component, path in _component_files(folder).items():
+        file = WeightFiles.of_file(path)
+        weights = weights | file.renamed(component_names(component, file))
+    heads = folder / HEADS_FILE
+    return weights | WeightFiles.of_file(heads) if heads.exists() else weights
 
 
 def _determined(
@@ -253,7 +269,7 @@ def _only(keys: list[str]) -> str:
     return keys[0]
 
 
-def _tokenizer(folder: Path, model: ModelConfig) -> PromptTokenizer | None:
+def _tokenizer(folder: Path, model: ModelConfig, expected: int) -> PromptTokenizer | None:
     """Read `tokenizer.json`, whose ids must be those that the model has embeddings for."""
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -264,7 +280,6 @@ def _tokenizer(folder: Path, model: ModelConfig) -> PromptTokenizer | None:
             )
         return None
     tokenizer = PromptTokenizer.load(path, model.prompt_style)
-    expected = model.text_vocab_size + model.num_action_bins
     if tokenizer.num_base_tokens != expected:
         raise ValueError(
             f"{path} has {tokenizer.num_base_tokens} tokens, but by config.json (vocab_size - pad_to_multiple_of) the "

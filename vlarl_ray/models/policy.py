@@ -22,8 +22,9 @@ from vlarl_ray.models.action_tokens import ActionNormalizer
 from vlarl_ray.models.base import PolicyInputs
 from vlarl_ray.models.chunk_policy import ChunkPolicyModel
 from vlarl_ray.models.distributions import samples_to_numpy, samples_to_torch
-from vlarl_ray.models.heads import HEADS, ScaleHead
+from vlarl_ray.models.heads import HEADS, ScaleHead, ValueHead
 from vlarl_ray.models.lora import lora_layers
+from vlarl_ray.models.official import HEADS_FILE, official_weights
 from vlarl_ray.models.proprio import ProprioNormalizer
 from vlarl_ray.models.tokenizer import PromptTokenizer
 from vlarl_ray.models.vit import LayerScale
@@ -208,6 +209,7 @@ def copy_policy(
     """
     description = json.loads((source / "config.json").read_text())
     description["metadata"] = {**description.get("metadata", {}), **metadata}
+    description.pop("weights_of", None)
     path = source / "tokenizer.json"
     tokenizer = PromptTokenizer.load(path) if path.exists() else None
     _write_folder(folder, description, tokenizer, tensors)
@@ -295,8 +297,22 @@ def empty_model(folder: Path) -> tuple[ChunkPolicyModel, WeightFiles]:
 
 
 def policy_weights(folder: Path) -> WeightFiles:
-    """Find the tensors of a policy folder; none is read."""
-    return WeightFiles.of_folder(folder)
+    """Find the tensors of a policy folder, or of the published checkpoint that it refers to; none is read.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged.
+    """
+    description = json.loads((folder / "config.json").read_text())
+    source = description.get("weights_of")
+    if source is None:
+        return WeightFiles.of_folder(folder)
+    if not Path(source).is_dir():
+        raise FileNotFoundError(
+            f"{folder} has its weights from {source}, which is not there; put the checkpoint back, or import it again."
+        )
+    weights = official_weights(Path(source), describe_policy(folder)["model"])
+    return weights | WeightFiles.of_file(folder / HEADS_FILE)
 
 
 def _model_class(config: ModelConfig) -> type[ChunkPolicyModel]:
@@ -363,6 +379,18 @@ def _init_weights(model: ChunkPolicyModel, seed: int) -> None:
             if isinstance(module, ScaleHead):
                 module.reset_last_layer(generator)
         nn.init.zeros_(cast(nn.Linear, model.value_head[-1]).weight)  # value 0 at first
+
+
+def draw_heads(heads: nn.ModuleDict, seed: int) -> None:
+    """Draw the heads that a policy lacks: value 0 at first, and a scale that is nearly constant."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        _draw_weights(heads, generator)
+        for head in heads.values():
+            if isinstance(head, ScaleHead):
+                head.reset_last_layer(generator)
+            elif isinstance(head, ValueHead):
+                nn.init.zeros_(cast(nn.Linear, head[-1]).weight)
 
 
 def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
