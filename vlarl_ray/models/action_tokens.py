@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt64
+from jaxtyping import Float, Float32, Float64, Int64, UInt64
 from torch import Tensor
 
 
@@ -43,7 +43,7 @@ class ActionTokenizer:
         """
         if actions.isnan().any() or not (allow_infinite or torch.isfinite(actions).all()):
             raise ValueError("actions hold a value that is not finite; it has no token. Check the demonstrations.")
-        edges = self._edges(actions.device)
+        edges = self.edges(actions.device)
         return self.vocab_size - torch.bucketize(actions.double().clamp(-1.0, 1.0), edges, right=True)
 
     def columns(self, tokens: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
@@ -72,13 +72,14 @@ class ActionTokenizer:
         Raises:
             ValueError: If a token is no action token and `clip` is off.
         """
-        edges = self._edges(tokens.device)
+        edges = self.edges(tokens.device)
         centers = (edges[:-1] + edges[1:]) / 2
         columns = tokens - self.first_token if clip else self.columns(tokens)
         bins = (self.num_bins - 1 - columns).clamp(0, self.num_bins - 2)
         return centers[bins].float()
 
-    def _edges(self, device: torch.device) -> Tensor:
+    def edges(self, device: torch.device) -> Float64[Tensor, " N"]:
+        """Return the edges of the bins, in ascending order."""
         # numpy's linspace, as in the published tokenizer: torch's differs in the last bit of some edges.
         return torch.from_numpy(np.linspace(-1.0, 1.0, self.num_bins)).to(device)
 

@@ -262,7 +262,22 @@ def _statistics(folder: Path, config: Mapping[str, Any], unnorm_key: str | None)
     key = unnorm_key or next(iter(known))
     if key not in known:
         raise ValueError(f"unnorm_key = {key!r} is not in {folder / where}; {suggest(key, known)}.")
-    return {**known[key], "all_keys": list(known)}
+    kind = config.get("tiny", {}).get("action_proprio_normalization_type", "bounds_q99")
+    return {**_with_bounds(known[key], kind), "all_keys": list(known)}
+
+
+def _with_bounds(statistics: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Take the least and largest values for the percentiles where the model was trained with `bounds`."""
+    if kind not in ("bounds", "bounds_q99"):
+        raise ValueError(f"config.json: normalisation type {kind!r} is unknown; allowed: bounds, bounds_q99.")
+    if kind == "bounds_q99":
+        return {**statistics}
+    ends = {
+        name: {**statistics[name], "q01": statistics[name]["min"], "q99": statistics[name]["max"]}
+        for name in ("action", "proprio")
+        if name in statistics
+    }
+    return {**statistics, **ends}
 
 
 def _only(keys: list[str]) -> str:
