@@ -76,6 +76,18 @@ def test_openvla_has_no_epsilon_and_no_mask_means_all(copy):
     )
 
 
+def test_statistics_are_of_the_kind_that_the_checkpoint_was_trained_with(copy):
+    config = json.loads((copy / "config.json").read_text())
+    action = config["norm_stats"]["bridge_orig"]["action"]
+    for kind, low, high in (("bounds", "min", "max"), ("bounds_q99", "q01", "q99")):
+        edit(copy, tiny={**config["tiny"], "action_proprio_normalization_type": kind})
+        normalizer = read(copy).normalizer
+        assert (normalizer.q01, normalizer.q99) == (tuple(action[low]), tuple(action[high]))
+    edit(copy, tiny={**config["tiny"], "action_proprio_normalization_type": "normal"})
+    with pytest.raises(ValueError, match="'normal' is unknown; allowed: bounds, bounds_q99"):
+        read(copy)
+
+
 def test_statistics_must_be_of_a_dataset_that_is_there(copy):
     with pytest.raises(ValueError, match=r"has statistics of bridge_orig, libero_spatial_no_noops; say which"):
         read_official(copy, ModelConfig())
