@@ -38,10 +38,11 @@ class Row:
     detail: str = ""
     """How it was compared, or why not."""
 
-    def __str__(self) -> str:
+    def line(self, name_width: int) -> str:
+        """Write it as a line of a table."""
         difference, tolerance = ("" if x is None else f"{x:.1e}" for x in (self.difference, self.tolerance))
         detail = f"  {self.detail}" if self.detail else ""
-        return f"{self.name:44} {self.shape:>14} {difference:>9} {tolerance:>9}  {self.status}{detail}"
+        return f"{self.name:{name_width}} {self.shape:>14} {difference:>9} {tolerance:>9}  {self.status}{detail}"
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,16 @@ def test_an_unknown_output_array_is_named(copy):
     assert (unknown, report.exit_status) == ({"prompt0_novelty", "x"}, OK)
 
 
+def test_arrays_may_be_of_other_precision(copy):
+    def narrow(arrays):
+        arrays |= {name: array.astype(np.int32) for name, array in arrays.items() if array.dtype == np.int64}
+        arrays |= {name: array.astype(np.float64) for name, array in arrays.items() if array.dtype == np.float32}
+
+    for file in ("inputs.npz", "outputs.npz"):
+        edit_arrays(copy / file, narrow)
+    assert {row.status for row in report_of(copy).rows} == {"ok"}
+
+
 def test_wrong_statistics_fail(copy):
     meta = json.loads((copy / "meta.json").read_text())
     swapped = {**meta, "unnorm_keys": meta["unnorm_keys"][1:2] + meta["unnorm_keys"][1:]}

@@ -113,7 +113,9 @@ class Report:
         return {status: sum(row.status == status for row in self.rows) for status in ("ok", "FAIL", "not covered")}
 
     def __str__(self) -> str:
-        lines = [f"{self.path} ({self.family})" if self.family else str(self.path), *map(str, self.rows)]
+        width = max((len(row.name) for row in self.rows), default=0)
+        lines = [f"{self.path} ({self.family})" if self.family else str(self.path)]
+        lines += [row.line(width) for row in self.rows]
         if self.problem:
             lines.append(self.problem)
         elif self.rows:

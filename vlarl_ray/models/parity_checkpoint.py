@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -54,18 +55,22 @@ class ReferenceCheckpoint:
         ]
 
     def input(self, name: str) -> Tensor:
-        """Give an array of `inputs.npz`.
+        """Give an array of `inputs.npz`, integers in 64 bit.
 
         Raises:
             NotComparableError: If it is not there.
         """
         if name not in self.inputs:
             raise NotComparableError(f"inputs.npz lacks {name}")
-        return torch.from_numpy(self.inputs[name])
+        return _tensor(self.inputs[name])
 
     def output(self, name: str) -> Tensor | None:
         """Give an array of `outputs.npz`, to compute with, or None."""
-        return torch.from_numpy(self.outputs[name]) if name in self.outputs else None
+        return _tensor(self.outputs[name]) if name in self.outputs else None
+
+    def pixels(self) -> Float[Tensor, "B C H W"]:
+        """Give the pixels of all rows."""
+        return self.input("pixel_values").float()
 
     def prompt_indices(self) -> list[int]:
         """Numbers of the prompts that `inputs.npz` holds."""
@@ -142,7 +147,7 @@ class ReferenceCheckpoint:
 
     def with_pixels(self, model: Any, rows: slice) -> Any:
         """Let a model read rows of the reference's pixels, which are random and come from no frames."""
-        pixels = self.input("pixel_values")[rows]
+        pixels = self.pixels()[rows]
         model.preprocess = lambda images: pixels
         return model
 
@@ -154,6 +159,10 @@ class ReferenceCheckpoint:
         """Whether all tokens are action tokens."""
         first, count = self.first_action_token(), self.policy().model.num_action_bins
         return bool(((tokens >= first) & (tokens < first + count)).all())
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array)
 
 
 def layer_states(model: Any, embeddings: Float[Tensor, "B T H"], **attention: Any) -> list[Float[Tensor, "B T H"]]:

@@ -70,7 +70,7 @@ class OFTReference(ReferenceCheckpoint):
             chunk_length=self._chunk_length(),
             log_scale_range=_UNCLIPPED,
             oft=OFTConfig(
-                num_cameras=self.input("pixel_values").shape[1] // 6,
+                num_cameras=self.pixels().shape[1] // 6,
                 stop_token_id=int(self.tiny.get("stop_token_id", OFTConfig().stop_token_id)),
             ),
         )
@@ -143,7 +143,7 @@ class OFTReference(ReferenceCheckpoint):
 
 
 def _visual(case: OFTReference) -> _Found:
-    pixels = case.input("pixel_values")
+    pixels = case.pixels()
     every = slice(len(pixels))
     model = case.oft_model(pixels=every)
     per_camera = model.vision_backbone(pixels.unflatten(1, (-1, 6)).flatten(0, 1))

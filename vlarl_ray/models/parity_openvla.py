@@ -59,7 +59,7 @@ def window(case: ReferenceCheckpoint, width: int) -> slice:
 
 
 def _vision(case: ReferenceCheckpoint) -> _Found:
-    model, pixels = case.model(), case.input("pixel_values")
+    model, pixels = case.model(), case.pixels()
     yield "dino_patches", Ours(model.vision_backbone.featurizer(pixels[:, :3]))
     yield "siglip_patches", Ours(model.vision_backbone.fused_featurizer(pixels[:, 3:]))
     features = model.vision_backbone(pixels)
