@@ -86,6 +86,7 @@ class TorchEngine:
             tokens=samples_to_numpy(tokens),
             logprobs=logprobs.float().cpu().numpy(),
             policy_version=self.version,
+            tokens_of_chunk=self._model.tokens_of_chunk,
         )
 
     @torch.inference_mode()
