@@ -14,6 +14,7 @@ from typing import Any
 from vlarl_ray import metaworld_tasks, registry
 from vlarl_ray.config import ExperimentConfig, SamplingConfig
 from vlarl_ray.config_fields import field_docs
+from vlarl_ray.quest_checks import quest_problems
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def check_config(cfg: ExperimentConfig, environ: Mapping[str, str] = os.environ)
         _tasks,
         _states,
         _model,
+        check_quest,
         _learning,
         _rollout,
         _sampling,
@@ -175,6 +177,25 @@ def _model(cfg: ExperimentConfig) -> Iterator[Problem]:
         fields = ("model.chunk_length", "env.max_env_steps")
         advice = f"a chunk is longer than an episode, env.max_env_steps = {cfg.env.max_env_steps}; shorten the chunk"
         yield Problem(fields, f"model.chunk_length = {model.chunk_length}: {advice}.")
+
+
+def check_quest(cfg: ExperimentConfig) -> Iterator[Problem]:
+    """Find what a QueST policy rules out; also for one whose model config comes with the policy."""
+    if cfg.model.architecture != "quest":
+        return
+    for fields, message in quest_problems(cfg.model):
+        yield Problem(fields, message)
+    if cfg.algorithm.ratio_level == "action":
+        advice = (
+            "quest's codes are of the chunk as a whole, so an action has no ratio of its own; set token (as RIPT-VLA "
+            "does) or chunk"
+        )
+        fields = ("algorithm.ratio_level", "model.architecture")
+        yield Problem(fields, f"algorithm.ratio_level = action: {advice}.")
+    for path in ("learner.dtype", "inference.dtype"):
+        if value_at(cfg, path) != "float32":
+            advice = "quest computes in float32; its twenty million weights would gain nothing. Set it to that"
+            yield Problem((path, "model.architecture"), f"{path} = {value_at(cfg, path)}: {advice}.")
 
 
 def _learning(cfg: ExperimentConfig) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ ALGORITHMS: Mapping[str, str] = {
 MODELS: Mapping[str, str] = {
     "openvla": "vlarl_ray.models.openvla:OpenVLA",
     "pixel_mlp": "vlarl_ray.models.pixel_mlp:PixelMLP",
+    "quest": "vlarl_ray.models.quest:QueST",
 }
 ENGINES: Mapping[str, str] = {
     "torch": "vlarl_ray.inference.torch_server:TorchEngine",

@@ -87,8 +87,7 @@ class Policy:
         scores = []
         for start in range(0, len(observations), _MAX_ROWS):
             tokens = samples_to_torch(np.stack([chunk.tokens for chunk in chunks[start : start + _MAX_ROWS]]))
-            if not tokens.is_floating_point():
-                self.model.action_tokenizer.columns(tokens)  # refuses what is no action token
+            self.model.check_samples(tokens)
             tokens = tokens.to(self.device)
             with torch.no_grad():
                 output = self.model(self._inputs(observations[start : start + _MAX_ROWS]), tokens)
@@ -118,7 +117,8 @@ def new_policy(
 
     Args:
         config: Dimensions.
-        instructions: Sentences that the tokenizer should encode in few tokens; others encode in more.
+        instructions: Sentences that the tokenizer should encode in few tokens, others encode in more; or all that the
+            model knows, where it has a table of them (quest).
         seed: Of the weights.
         normalizer: Between env units and [-1, 1]; None passes actions through.
         metadata: JSON facts to keep with the weights, such as camera and render profile.
@@ -126,13 +126,13 @@ def new_policy(
     Raises:
         ValueError: If a prompt of `instructions` is longer than `config.max_prompt_tokens`.
     """
-    tokenizer = PromptTokenizer.train(instructions, vocab_size=config.text_vocab_size)
-    tokenizer.encode_batch(list(instructions), max_tokens=config.max_prompt_tokens)
     with torch.device("meta"):
-        model = _model_class(config)(config, tokenizer, normalizer=normalizer, metadata=metadata)
+        model = _model_class(config).for_instructions(
+            config, list(instructions), normalizer=normalizer, metadata=metadata
+        )
     model.to_empty(device="cpu")
-    _init_weights(model, seed)
-    return model
+    init_weights(model, seed)
+    return model.eval()
 
 
 def add_scale_head(
@@ -214,8 +214,14 @@ def load_model(
     with _local(folder_or_uri) as folder:
         description = describe_policy(folder)
         tokenizer_path = folder / "tokenizer.json"
+        model_class = _model_class(description["model"])
+        if dtype not in model_class.dtypes:
+            raise ValueError(
+                f"dtype = {dtype!r}: a {description['model'].architecture} policy computes in "
+                f"{' or '.join(model_class.dtypes)} only; set inference.dtype and learner.dtype to that."
+            )
         with torch.device("meta"):
-            model = _model_class(description["model"])(
+            model = model_class(
                 description["model"],
                 PromptTokenizer.load(tokenizer_path) if tokenizer_path.exists() else None,
                 normalizer=ActionNormalizer(**description["action_statistics"]),
@@ -228,7 +234,7 @@ def load_model(
             module.to(DTYPES[dtype])
     for parameter in model.parameters(recurse=False):
         parameter.data = parameter.data.to(DTYPES[dtype])
-    return model
+    return model.eval()
 
 
 def _model_class(config: ModelConfig) -> type[ChunkPolicyModel]:
@@ -281,7 +287,8 @@ def _checked_tensors(path: Path, model: nn.Module, device: str) -> dict[str, Ten
             raise ValueError(
                 f"{path}: {name} has shape {tuple(tensor.shape)}; its config.json says {tuple(expected[name].shape)}."
             )
-        if tensor.dtype not in DTYPES.values():
+        is_number = expected[name].dtype.is_floating_point
+        if tensor.dtype not in DTYPES.values() if is_number else tensor.dtype != expected[name].dtype:
             raise ValueError(f"{path}: {name} has type {tensor.dtype}; allowed: {', '.join(DTYPES)}.")
     return tensors
 
@@ -299,8 +306,8 @@ def _local(folder_or_uri: str | Path) -> Iterator[Path]:
         yield Path(copy)
 
 
-def _init_weights(model: ChunkPolicyModel, seed: int) -> None:
-    """Draw weights on the CPU in the order of module names."""
+def init_weights(model: ChunkPolicyModel, seed: int) -> None:
+    """Draw all weights on the CPU, in the order of module names."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: Tensor, std: float) -> None:
@@ -308,11 +315,11 @@ def _init_weights(model: ChunkPolicyModel, seed: int) -> None:
 
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
                 normal(module.weight, module.weight[0].numel() ** -0.5)
                 if module.bias is not None:
                     module.bias.zero_()
-            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.BatchNorm2d):
                 module.reset_parameters()
             elif isinstance(module, LayerScale):
                 module.scale_factor.fill_(1.0)
@@ -324,3 +331,4 @@ def _init_weights(model: ChunkPolicyModel, seed: int) -> None:
             if isinstance(module, ScaleHead):
                 module.reset_last_layer(generator)
         nn.init.zeros_(cast(nn.Linear, model.value_head[-1]).weight)  # value 0 at first
+        model.reset_special(generator)
