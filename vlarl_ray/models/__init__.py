@@ -10,6 +10,7 @@ from vlarl_ray.models.action_tokens import (
 from vlarl_ray.models.base import PolicyInputs, PolicyOutput, VLAModel
 from vlarl_ray.models.distributions import ActionDistribution, Gaussian, Laplace, TokenDistribution
 from vlarl_ray.models.policy import Policy, add_scale_head, load_model, load_policy, new_policy
+from vlarl_ray.models.quest_official import load_quest_official
 
 __all__ = [
     "ActionDistribution",
@@ -28,5 +29,6 @@ __all__ = [
     "gumbel_noise",
     "load_model",
     "load_policy",
+    "load_quest_official",
     "new_policy",
 ]
