@@ -13,7 +13,8 @@ from tests.tiny_model import algorithm_config, as_groups, learner_config, make_t
 from vlarl_ray.algorithms.losses import reduce_log_ratio
 from vlarl_ray.algorithms.policy_loss import count_normalizers
 from vlarl_ray.algorithms.ppo import PPO
-from vlarl_ray.config import InferenceConfig, LoraConfig
+from vlarl_ray.config import AlgorithmConfig, ExperimentConfig, InferenceConfig, LoraConfig
+from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.inference.base import DirectClient, split_reply
 from vlarl_ray.inference.torch_server import TorchEngine
 from vlarl_ray.learner.batch import DealtRows, DemoReader, PromptCache
@@ -22,6 +23,7 @@ from vlarl_ray.models.lora import attach_lora, lora_layers
 from vlarl_ray.rollout.env_worker import EnvWorker
 from vlarl_ray.trained_policy import save_trained_policy
 from vlarl_ray.types import ActRequest, DemoRows, Scores, Trajectory
+from vlarl_ray.warm_start import check_policy
 from vlarl_ray.weights.update import WeightUpdate
 
 LENGTHS = (3, 2, 1, 4)
@@ -237,6 +239,14 @@ def test_a_ratio_per_action_is_refused_even_where_codes_could_be_shared_out(last
     scores = [Scores(np.zeros(t.num_decisions + 1, np.float32), None) for t in made]
     with pytest.raises(ValueError, match="set it to 'token' or 'chunk'"):
         PPO(algorithm_config(ratio_level="action")).make_batch(as_groups(made), scores, version=0)
+
+
+def test_a_run_that_starts_from_a_quest_policy_is_refused_a_ratio_per_action_at_once(folder):
+    cfg = ExperimentConfig(policy=str(folder))
+    with pytest.raises(ConfigError, match=r"algorithm\.ratio_level = action: quest's codes"):
+        check_policy(cfg, folder)
+    per_code = dataclasses.replace(cfg, algorithm=AlgorithmConfig(ratio_level="token"))
+    assert check_policy(per_code, folder) == small_quest().model_config
 
 
 def test_tokens_that_fit_no_env_step_are_refused_without_the_flag():
