@@ -7,14 +7,17 @@ import os
 import socket
 import traceback
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from tests.e2e.toy_run import toy_config
 from tests.tiny_model import algorithm_config, as_groups, learner_config, make_trajectories, small_openvla, tiny_model
 from vlarl_ray.algorithms.ppo import PPO
+from vlarl_ray.learner.build import build_learner
 from vlarl_ray.learner.learner import Learner
-from vlarl_ray.types import Scores, TrainBatch
+from vlarl_ray.types import ActRequest, Scores, TrainBatch
 
 LENGTHS = (3, 7, 1, 5, 4)  # 20 decisions: 2 minibatches of 10, uneven over 3 ranks
 
@@ -74,7 +77,29 @@ def poisoned_update(**ranks) -> str:
     return message if unchanged else f"weights changed: {message}"
 
 
-SCENARIOS = {"three_updates": three_updates, "poisoned_update": poisoned_update}
+def load_folder(*, folder: str, train: str, **ranks) -> dict:
+    """Build a rank from a policy folder, as a run does; its parameters, and what it says of a fixed observation."""
+    cfg = toy_config(Path(folder))
+    cfg = replace(cfg, learner=replace(cfg.learner, train=train))
+    learner = build_learner(cfg, folder, **ranks)
+    arrays, _ = learner.state_dict()
+    request = ActRequest(
+        images=np.full((2, 1, 32, 32, 3), [[[[[10]]]], [[[[200]]]]], np.uint8),
+        proprio=np.zeros((2, 2), np.float32),
+        instructions=("reach the cross",) * 2,
+        noise_keys=np.zeros((2, 2), np.uint64),
+        temperature=1.0,
+        policy_version=0,
+    )
+    model = learner.model.model_config
+    token = model.text_vocab_size + 7 if model.action_head == "tokens" else np.float32(0.3)
+    samples = np.full((2, model.chunk_length * model.action_dim), token)
+    result = {"parameters": arrays.get("parameters", {}), "logprobs": learner.logprobs(request, samples)}
+    learner.shutdown()
+    return result
+
+
+SCENARIOS = {"three_updates": three_updates, "poisoned_update": poisoned_update, "load_folder": load_folder}
 
 
 def run_ranks(world_size: int, jobs: list[tuple[str, dict]]) -> list[list]:

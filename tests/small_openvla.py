@@ -1,11 +1,11 @@
-"""An OpenVLA of some ten thousand parameters, observations and noise for it."""
+"""An OpenVLA and an OpenVLA-OFT of some ten thousand parameters, observations and noise for them."""
 
 import dataclasses
 
 import torch
 
-from vlarl_ray.config import ModelConfig, TowerConfig
-from vlarl_ray.models import PolicyInputs, new_policy
+from vlarl_ray.config import ModelConfig, OFTConfig, TowerConfig
+from vlarl_ray.models import PolicyInputs, ProprioNormalizer, new_policy
 
 INSTRUCTIONS = ["close the drawer", "open the window", "press the button from the top"]
 TOWER = TowerConfig(dim=16, depth=2, num_heads=2, mlp_dim=32)
@@ -24,11 +24,28 @@ def tiny(seed=0, **changes):
     return model
 
 
+def tiny_oft(seed=0, *, passes="one", num_cameras=2, detach_prompt=False, **changes):
+    """An OpenVLA-OFT of the same size that reads two cameras and four numbers of proprioception."""
+    oft = OFTConfig(passes=passes, num_cameras=num_cameras, detach_prompt=detach_prompt)
+    settings = {"architecture": "openvla_oft", "action_head": "laplace", "proprio_dim": 4, "oft": oft, **changes}
+    normalizer = ProprioNormalizer((-2.0,) * 4, (2.0,) * 4, (True,) * 4) if settings["proprio_dim"] else None
+    model = new_policy(dataclasses.replace(TINY, **settings), INSTRUCTIONS, seed, proprio_normalizer=normalizer)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.output_layer.weight.mul_(40)
+        model.value_head[-1].weight.normal_(generator=generator)
+        if model.model_config.action_head in ("laplace", "gaussian"):
+            model.scale_head.last_layer.weight.normal_(std=0.1, generator=generator)
+    return model
+
+
 def observations(model, batch=3, *, size=32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (batch, 1, size, size, 3), dtype=torch.uint8, generator=generator)
+    cameras = model.model_config.oft.num_cameras
+    images = torch.randint(0, 256, (batch, cameras, size, size, 3), dtype=torch.uint8, generator=generator)
     ids, lengths = model.encode_prompts([INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(batch)])
-    return PolicyInputs(images, ids, lengths, torch.zeros(batch, 4))
+    proprio = torch.randn(batch, 4, generator=generator) if model.model_config.proprio_dim else torch.zeros(batch, 4)
+    return PolicyInputs(images, ids, lengths, proprio)
 
 
 def noise(model, batch=3, seed=1):

@@ -47,7 +47,7 @@ def small_quest(seed=0, instructions=INSTRUCTIONS, **changes):
         for encoder in model.image_encoders.values():
             encoder.projection_layer.spatial_softmax._spatial_conv.weight.mul_(20)
             encoder.projection_layer.projection.weight.mul_(5)
-        model.action_head.weight.mul_(40)
+        model.output_layer.weight.mul_(15)
         model.value_head[-1].weight.normal_(generator=torch.Generator().manual_seed(seed))
     return model
 

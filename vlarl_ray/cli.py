@@ -30,6 +30,7 @@ class Command:
     """Takes the flags and the config overrides; returns the exit code."""
     flags: tuple[str, ...] = ()
     takes_config: bool = True
+    more_usage: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _usage(name: str, command: Command) -> str:
     if not command.takes_config:
-        return f"vlarl {name} [RUN_DIR]"
+        return f"vlarl {name} [RUN_DIR]{command.more_usage}"
     return _CONFIG_USAGE.format(name=name, flags="".join(f"[{flag}] " for flag in command.flags))
 
 
@@ -186,12 +187,51 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
-    run_dir = _run_dir(args, overrides, default="runs")
-    from vlarl_ray.doctor import examine
+    preset, overrides = _take(overrides, "--preset")
+    if preset is None:
+        run_dir, job = _run_dir(args, overrides, default="runs"), None
+    else:
+        from vlarl_ray.config_loader import load_config, run_dir_of
 
-    findings = examine(run_dir)
-    _print("\n".join(map(str, findings)))
+        job = load_config(preset, overrides)
+        run_dir = args.target or run_dir_of(job)
+    from vlarl_ray import doctor
+
+    findings = doctor.examine(run_dir)
+    lines = list(map(str, findings))
+    if job is not None:
+        plan = doctor.plan_of(job)
+        findings.append(doctor.check_memory(job, plan))
+        lines += [str(findings[-1]), plan.table]
+    _print("\n".join(lines))
     return EXIT_OK if all(finding.ok for finding in findings) else EXIT_FAILURE
+
+
+def _export(args: argparse.Namespace, overrides: list[str]) -> int:
+    target, overrides = _take(overrides, "--to")
+    run_dir = _run_dir(args, overrides)
+    if target is None:
+        raise ValueError("--to is missing; write vlarl export RUN_DIR --to FOLDER.")
+    from pathlib import Path
+
+    from vlarl_ray.models.policy_export import export_policy
+
+    own = [folder for name in ("policy_final", "policy") if (folder := Path(run_dir) / name).is_dir()]
+    return _print(str(export_policy(own[0] if own else Path(run_dir), Path(target))))
+
+
+def _take(overrides: list[str], name: str) -> tuple[str | None, list[str]]:
+    """Take an option that is no config field, `--name value` or `--name=value`, out of the overrides."""
+    value, rest, words = None, [], list(overrides)
+    while words:
+        word = words.pop(0)
+        if word == name and words:
+            value = words.pop(0)
+        elif word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return value, rest
 
 
 def _run_dir(args: argparse.Namespace, overrides: list[str], default: str | None = None) -> str:
@@ -217,7 +257,18 @@ COMMANDS = {
     ),
     "collect": Command("Collect demonstrations with the scripted experts.", _collect),
     "report": Command("Write report.html of a run folder.", _report, takes_config=False),
-    "doctor": Command("Check what this machine offers: OpenGL, torch, Ray, disk, memory.", _doctor, takes_config=False),
+    "export": Command(
+        "Write a run's policy, or a policy folder, in the published layout of OpenVLA or OpenVLA-OFT.",
+        _export,
+        takes_config=False,
+        more_usage=" --to FOLDER",
+    ),
+    "doctor": Command(
+        "Check what this machine offers (OpenGL, torch, Ray, disk, memory), and what a preset's tensors need of it.",
+        _doctor,
+        takes_config=False,
+        more_usage=" [--preset PRESET.yaml [--section.field value ...]]",
+    ),
 }
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from vlarl_ray.preprocessing_config import PreprocessingConfig
+
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 Positive = Annotated[int, Field(ge=1)]
@@ -69,6 +71,24 @@ class TowerConfig:
     """Attention heads."""
     mlp_dim: Positive = 256
     """Width of the feed-forward layer."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class OFTConfig:
+    """What OpenVLA-OFT has beyond OpenVLA; for openvla_oft."""
+
+    num_cameras: Positive = 1
+    """Frames per observation, the primary camera's first."""
+    passes: Literal["one", "two"] = "one"
+    """`one`: everything sees everything (OpenVLA-OFT). `two`: the prompt does not see what follows it (RIPT-VLA)."""
+    detach_prompt: bool = False
+    """With two passes: no gradient through the prompt's, as in RIPT-VLA; saves memory, but the towers learn nothing."""
+    stop_token_id: NonNegative = 2
+    """Text id after the placeholders of the actions."""
+    head_width: Positive | None = None
+    """Width of the action and scale heads; None takes `hidden_size`, as published."""
+    num_head_blocks: NonNegative = 2
+    """Residual blocks of the action and scale heads."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -137,6 +157,8 @@ class ModelConfig:
     """Registered model name, or `my_package.my_model:MyModel`."""
     image_size: Annotated[int, Field(ge=8)] = 64
     """Side the model expects; frames of another size are resized."""
+    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    """From camera frames to pixels."""
     patch_size: Positive = 8
     """Side of a vision patch, pixels."""
     num_register_tokens: NonNegative = 4
@@ -160,7 +182,7 @@ class ModelConfig:
     pad_to_multiple_of: Positive = 64
     """The embedding matrix is rounded up to a multiple of this."""
     action_head: Literal["tokens", "gaussian", "laplace", "l1"] = "tokens"
-    """Actions as tokens, or as continuous numbers (pixel_mlp); `l1` has no spread, and no likelihood to train by RL."""
+    """Actions as tokens, or as continuous numbers (not openvla); `l1` has no spread, and no likelihood for RL."""
     log_scale_range: tuple[float, float] = (-5.0, 2.0)
     """Least and largest log-scale of `gaussian` and `laplace`, in sampler and scorer alike; RIPT-VLA's is -2, 0.5."""
     num_action_bins: Annotated[int, Field(ge=2)] = 256
@@ -170,17 +192,26 @@ class ModelConfig:
     chunk_length: Positive = 5
     """Env steps K per decision."""
     proprio_dim: NonNegative = 0
-    """Proprioception dimensions the model reads (pixel_mlp, quest); 0 reads none."""
+    """Proprioception dimensions the model reads (not openvla); 0 reads none."""
     decoding: Literal["autoregressive", "parallel"] = "parallel"
     """`parallel` predicts all K*D tokens in one pass from learned query embeddings."""
+    prompt_style: Literal["openvla", "openvla-v01"] = "openvla"
+    """Text around an instruction; `openvla-v01` is that of the first release, with Vicuna's system prompt."""
     max_prompt_tokens: Positive = 13
     """Prompts are padded to this many tokens, so that shapes never vary; longer ones are refused."""
     official_unused: bool = False
     """Carry the parameters that official checkpoints hold but never use (last vision blocks, final norms, pooling)."""
     value_hidden_sizes: tuple[Positive, ...] = (128, 64)
     """Hidden widths of the value head (ReLU MLP, fp32)."""
+    oft: OFTConfig = field(default_factory=OFTConfig)
+    """For openvla_oft."""
     quest: QuestConfig = field(default_factory=QuestConfig)
-    """For `architecture: quest`."""
+    """For quest."""
+
+    @property
+    def num_cameras(self) -> int:
+        """Frames per observation."""
+        return len(self.quest.cameras) if self.architecture == "quest" else self.oft.num_cameras
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -520,7 +551,9 @@ class ExperimentConfig:
     run_dir: str | None = None
     """Run folder on a local or mounted file system; None takes `runs/<name>-seed<seed>`."""
     policy: str | None = None
-    """Policy folder to start from; None collects demonstrations and fine-tunes a new policy."""
+    """Policy folder or published checkpoint to start from; None fine-tunes a new policy on demonstrations."""
+    unnorm_key: str | None = None
+    """Dataset whose action statistics a published checkpoint is to use; None where it has those of one only."""
     num_iterations: NonNegative = 40
     """Rollout iterations (attempts at an update)."""
     max_rl_seconds: PositiveFloat | None = None

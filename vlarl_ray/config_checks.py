@@ -7,13 +7,14 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vlarl_ray import metaworld_tasks, registry
-from vlarl_ray.config import ExperimentConfig, SamplingConfig
+from vlarl_ray.config import ExperimentConfig, OFTConfig, SamplingConfig
 from vlarl_ray.config_fields import field_docs
+from vlarl_ray.preprocessing_config import PreprocessingConfig
 from vlarl_ray.quest_checks import quest_problems
 
 
@@ -38,6 +39,7 @@ def check_config(cfg: ExperimentConfig, environ: Mapping[str, str] = os.environ)
         _tasks,
         _states,
         _model,
+        _preprocessing,
         check_quest,
         _learning,
         _rollout,
@@ -173,6 +175,7 @@ def _model(cfg: ExperimentConfig) -> Iterator[Problem]:
             if value_at(cfg, path) != only:
                 advice = f"openvla acts in tokens and reads frames and prompt; set {path} to {only}"
                 yield Problem((path, "model.architecture"), f"{path} = {value_at(cfg, path)}: {advice}.")
+    yield from _oft(cfg)
     if model.chunk_length > cfg.env.max_env_steps:
         fields = ("model.chunk_length", "env.max_env_steps")
         advice = f"a chunk is longer than an episode, env.max_env_steps = {cfg.env.max_env_steps}; shorten the chunk"
@@ -196,6 +199,46 @@ def check_quest(cfg: ExperimentConfig) -> Iterator[Problem]:
         if value_at(cfg, path) != "float32":
             advice = "quest computes in float32; its twenty million weights would gain nothing. Set it to that"
             yield Problem((path, "model.architecture"), f"{path} = {value_at(cfg, path)}: {advice}.")
+
+
+def _preprocessing(cfg: ExperimentConfig) -> Iterator[Problem]:
+    section, steps = "model.preprocessing", cfg.model.preprocessing.frame_steps
+    if cfg.model.architecture == "pixel_mlp" and cfg.model.preprocessing != PreprocessingConfig():
+        message = "is not for pixel_mlp, which resizes frames in its own way; leave it out"
+        yield Problem((section, "model.architecture"), f"{section} {message}.")
+        return
+    for step in sorted({step for step in steps if steps.count(step) > 1}):
+        message = f"names {step!r} more than once; name it once, where it is to be done"
+        yield Problem((f"{section}.frame_steps",), f"{section}.frame_steps {message}.")
+    settings = {"jpeg_quality": "jpeg", "lanczos_size": "lanczos", "crop_area": "center_crop"}
+    for field, step in settings.items():
+        path, value = f"{section}.{field}", getattr(cfg.model.preprocessing, field)
+        if step not in steps and value != getattr(PreprocessingConfig(), field):
+            message = f"has no effect unless {section}.frame_steps names {step!r}; add it there, or leave this out"
+            yield Problem((path, f"{section}.frame_steps"), f"{path} = {value}: {message}.")
+
+
+def _oft(cfg: ExperimentConfig) -> Iterator[Problem]:
+    model, oft = cfg.model, cfg.model.oft
+    if model.architecture in ("openvla", "pixel_mlp", "quest"):
+        for field, default in asdict(OFTConfig()).items():  # type: ignore[call-overload]
+            if getattr(oft, field) != default:
+                path = f"model.oft.{field}"
+                message = f"is for openvla_oft, not {model.architecture}; leave it out"
+                yield Problem((path, "model.architecture"), f"{path} = {getattr(oft, field)}: {message}.")
+    if model.architecture != "openvla_oft":
+        return
+    if model.decoding != "parallel":
+        advice = "openvla_oft predicts the whole chunk at once; set parallel"
+        yield Problem(("model.decoding", "model.architecture"), f"model.decoding = {model.decoding}: {advice}.")
+    if oft.stop_token_id >= model.text_vocab_size:
+        fields = ("model.oft.stop_token_id", "model.text_vocab_size")
+        message = f"is no text id; set one below model.text_vocab_size = {model.text_vocab_size}"
+        yield Problem(fields, f"model.oft.stop_token_id = {oft.stop_token_id}: {message}.")
+    if oft.detach_prompt and oft.passes == "one":
+        fields = ("model.oft.detach_prompt", "model.oft.passes")
+        message = "needs a pass of its own for the prompt; set model.oft.passes to two, or leave this out"
+        yield Problem(fields, f"model.oft.detach_prompt = true: {message}.")
 
 
 def _learning(cfg: ExperimentConfig) -> Iterator[Problem]:
@@ -297,6 +340,7 @@ def _memory(cfg: ExperimentConfig) -> Iterator[Problem]:
     frames = iterations * rollout.groups_per_update * rollout.group_size * (decisions + 1)
     if cfg.algorithm.name == "chunk_ppo":  # the buffer's frames stay in the object store
         frames += len(cfg.env.tasks) * cfg.algorithm.self_bc.capacity * (decisions + 1)
+    frames *= cfg.model.num_cameras
     planned = frames * cfg.env.image_size**2 * 3
     sizes = ("env.image_size", "env.max_env_steps", "model.chunk_length")
     if planned > rollout.max_inflight_bytes:

@@ -12,9 +12,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vlarl_ray.config import ClusterConfig
+from vlarl_ray.config import ClusterConfig, ExperimentConfig
 from vlarl_ray.envs.gl import BACKENDS, GLUnavailableError, describe_gl
+
+if TYPE_CHECKING:
+    from vlarl_ray.memory_plan import MemoryPlan
 
 _DISK_BYTES = 2 * 1024**3
 
@@ -50,6 +54,34 @@ def examine(run_dir: str) -> list[Finding]:
         lambda: check_token(os.environ),
     )
     return [check() for check in checks]
+
+
+def plan_of(job: ExperimentConfig) -> MemoryPlan:
+    """Plan the memory of a job's tensors, with the model of its policy where it starts from one."""
+    from vlarl_ray.envs import make_suite
+    from vlarl_ray.launch import with_policys_model
+    from vlarl_ray.memory_plan import plan_memory
+
+    return plan_memory(with_policys_model(job), proprio_dim=make_suite(job.env).proprio_dim)
+
+
+def check_memory(job: ExperimentConfig, plan: MemoryPlan) -> Finding:
+    """The job's learner ranks and servers fit on this machine's GPUs, or in its memory where it has none."""
+    import psutil
+    import torch
+
+    rank, server, cluster = plan.total("learner rank"), plan.total("inference server"), job.cluster
+    if torch.cuda.is_available():
+        there = torch.cuda.get_device_properties(0).total_memory
+        # a rank or server with half a GPU shares it with another
+        needed = max(rank / min(1.0, cluster.gpus_per_rank or 1.0), server / min(1.0, cluster.gpus_per_server or 1.0))
+        what = "on a GPU"
+    else:
+        there = psutil.virtual_memory().total
+        needed, what = float(rank * job.learner.num_ranks + server * job.inference.num_servers), "in all"
+    detail = f"tensors need {needed / 2**30:.1f} GiB {what}, {there / 2**30:.1f} GiB there"
+    fix = "lower learner.micro_batch_size or inference.batch_size, raise learner.num_ranks, or take bfloat16"
+    return Finding("memory", needed < there, detail, fix)
 
 
 def check_platform() -> Finding:

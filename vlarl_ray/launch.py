@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -130,13 +131,17 @@ def run_evaluate(cfg: ExperimentConfig, policy: str) -> int:
         ConfigError: If the folder is that of a run on another env.
     """
     from vlarl_ray.evaluate import evaluate
+    from vlarl_ray.warm_start import given_policy
 
     problems = check_evaluation_dir(cfg)
     if problems:
         raise ConfigError([problem.message for problem in problems])
     cfg = with_policys_model(replace(cfg, policy=policy))
     suite = make_suite(cfg.env)
-    with PeakMemory() as memory, processes(cfg, Path(policy), inline=True, memory=memory) as where:
+    with ExitStack() as stack:
+        memory = stack.enter_context(PeakMemory())
+        policy_dir = given_policy(cfg, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        where = stack.enter_context(processes(cfg, policy_dir, inline=True, memory=memory))
         system = build_system(cfg, suite, where, recorder=None)
         system.weights.publish(0)
         result = evaluate(cfg.evaluation, system, version=0).result
@@ -192,7 +197,9 @@ def prepare_run_dir(cfg: ExperimentConfig, *, is_training: bool = False) -> Path
 def warm_start(cfg: ExperimentConfig, suite: Suite, run_dir: Path) -> tuple[Path, RunSummary]:
     """Provide the policy to improve: the given one, or one fine-tuned on scripted demonstrations."""
     if cfg.policy is not None:
-        policy_dir = Path(cfg.policy)
+        from vlarl_ray.warm_start import given_policy
+
+        policy_dir = given_policy(cfg, run_dir / "policy")
     else:
         from vlarl_ray.warm_start import demonstrations, fine_tuned_policy
 
@@ -234,8 +241,10 @@ def with_policys_model(cfg: ExperimentConfig) -> ExperimentConfig:
 
 def new_summary(policy_dir: Path) -> RunSummary:
     """Start a summary with what is known before the run."""
+    from vlarl_ray.models.policy import policy_weights
+
     return RunSummary(
-        model_bytes=(policy_dir / "model.safetensors").stat().st_size,
+        model_bytes=policy_weights(policy_dir).num_bytes,
         versions=installed_versions(),
         machine=describe_machine(),
     )
@@ -311,7 +320,7 @@ def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder
     num_tokens, token_ids = architecture.sample_space(cfg.model)
     probe = make_probe(
         [suite.instruction(task_id) for task_id in suite.task_ids],
-        image_shape=(1, cfg.env.image_size, cfg.env.image_size, 3),
+        image_shape=(cfg.model.num_cameras, cfg.env.image_size, cfg.env.image_size, 3),
         proprio_dim=suite.proprio_dim,
         token_ids=token_ids,
         num_tokens=num_tokens,

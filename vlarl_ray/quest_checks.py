@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from vlarl_ray.config import ModelConfig
+from vlarl_ray.preprocessing_config import PreprocessingConfig
 
 _GROUPS = 8
 
@@ -81,6 +82,9 @@ def _observation(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         if len(set(names)) < len(names) or any(not name or "." in name for name in names):
             advice = "must be different, and name parameters, so they have no dot in them; rename them"
             yield (f"model.quest.{path}",), f"model.quest.{path}: the names {list(names)} {advice}."
+    if model.preprocessing != PreprocessingConfig():
+        message = "model.preprocessing is not for quest, which resizes frames in its own way; leave it out."
+        yield ("model.preprocessing", "model.architecture"), message
     total = sum(size for _, size in quest.lowdim)
     if total != model.proprio_dim:
         advice = f"must be {total}, the sum of the sizes in model.quest.lowdim; set it to that, or mend those"

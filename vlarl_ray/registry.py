@@ -19,6 +19,7 @@ ALGORITHMS: Mapping[str, str] = {
 }
 MODELS: Mapping[str, str] = {
     "openvla": "vlarl_ray.models.openvla:OpenVLA",
+    "openvla_oft": "vlarl_ray.models.openvla_oft:OpenVLAOFT",
     "pixel_mlp": "vlarl_ray.models.pixel_mlp:PixelMLP",
     "quest": "vlarl_ray.models.quest:QueST",
 }

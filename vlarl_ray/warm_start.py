@@ -50,6 +50,18 @@ def fine_tuned_policy(cfg: ExperimentConfig, suite: Suite, demos: list[Demonstra
     return folder
 
 
+def given_policy(cfg: ExperimentConfig, folder: Path) -> Path:
+    """Return the policy folder to start from: the given one, or `folder`, made to refer to a published checkpoint."""
+    from vlarl_ray.models.official import is_official
+    from vlarl_ray.models.policy_import import import_policy
+
+    assert cfg.policy is not None
+    source = Path(cfg.policy)
+    if not is_official(source):
+        return source
+    return import_policy(source, folder, cfg.model, unnorm_key=cfg.unnorm_key, seed=cfg.seed)
+
+
 def stored_demonstrations(
     cfg: ExperimentConfig, suite: Suite, path: Path, put: Callable[[Any], FrameRef]
 ) -> list[StoredEpisode]:
@@ -98,9 +110,13 @@ def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
 
     Raises:
         ConfigError: If its frames were rendered otherwise, or the config describes another model.
+        ValueError: From `read_official`, where it is a published checkpoint.
     """
+    from vlarl_ray.models.official import is_official, read_official
     from vlarl_ray.models.policy import describe_policy
 
+    if is_official(policy_dir):  # of its frames it says nothing
+        return read_official(policy_dir, cfg.model, unnorm_key=cfg.unnorm_key).model
     description = describe_policy(policy_dir)
     trained_on = description["metadata"]
     problems = [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.e2e.toy_run import episodes, evaluations, numbers, summary, toy_config, with_lag
 from tests.small_quest import quest_config
 from vlarl_ray.checkpoint import load_latest
-from vlarl_ray.config import SamplingConfig, SelfBCConfig
+from vlarl_ray.config import OFTConfig, SamplingConfig, SelfBCConfig
 from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.inference.torch_server import TorchEngine
 from vlarl_ray.launch import run_evaluate, run_sft, run_training
@@ -99,6 +99,19 @@ def test_n_plus_m_updates_equal_n_save_load_m_f61(finished_run, tmp_path):
         for name, value in tensors.items():
             assert (value == parts.arrays[file][name]).all(), name
     assert [row["label"] for row in evaluations(tmp_path / "parts")].count("warm_start") == 1
+
+
+def test_openvla_oft_runs_from_demonstrations_to_report_and_its_server_is_its_learner(tmp_path):
+    """RIPT-VLA's variant: two passes, the prompt detached, a Laplace head beside one of the locations."""
+    cfg = toy_config(tmp_path, num_iterations=2)
+    oft = OFTConfig(passes="two", detach_prompt=True)
+    model = replace(cfg.model, architecture="openvla_oft", action_head="laplace", proprio_dim=2, oft=oft)
+    assert run_training(replace(cfg, model=model), inline=True, resume=False) == 0
+    assert [row["learn/grad_norm_actor"] > 0 for row in numbers(tmp_path)] == [False, True]  # the first warms up
+    for row in numbers(tmp_path):
+        assert row["learn/sampler_ratio_max_error"] <= 1e-4
+        assert row["canary/max_abs_logprob_diff"] <= 1e-4
+    assert (tmp_path / "policy_final" / "config.json").exists()
 
 
 def rloo(cfg, **sampling):

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.golden_data import golden_path
 from vlarl_ray.models import ActionNormalizer, ActionTokenizer, action_entropy, action_logprobs, gumbel_noise
 from vlarl_ray.models.action_tokens import choose_columns
 
@@ -35,16 +34,21 @@ def test_actions_that_are_not_finite_are_refused():
         OFFICIAL.encode(torch.tensor([0.0, float("nan")]))
 
 
-def test_tokens_are_the_published_tokenizers():
-    golden = np.load(golden_path("openvla_preprocess", "action_tokenizer.npz"))
-    tokenizer = ActionTokenizer(int(golden["vocab_size"]))
-    for kind in ("f64", "f32"):
-        actions = torch.from_numpy(golden[f"actions_{kind}"])
-        finite = torch.isfinite(actions)
-        expected = torch.from_numpy(golden[f"token_ids_{kind}"])
-        assert torch.equal(tokenizer.encode(actions[finite]), expected[finite])
-        decoded = torch.from_numpy(golden[f"decoded_{kind}"])
-        torch.testing.assert_close(tokenizer.decode(expected).double(), decoded, rtol=0, atol=1e-7)
+def test_clipping_as_the_published_tokenizer_does_is_there_to_compare_with_it():
+    ids = torch.tensor([-5, 0, 31743, 31744, 31745, 31998, 31999, 32000, 32063])
+    decoded = OFFICIAL.decode(ids, clip=True)
+    assert torch.equal(decoded[3:7], OFFICIAL.decode(ids[3:7]))
+    assert decoded[:3].tolist() == decoded[3:4].tolist() * 3
+    assert decoded[7:].tolist() == decoded[6:7].tolist() * 2
+
+
+def test_infinite_actions_are_those_of_the_bound_where_that_is_asked_for():
+    infinite = torch.tensor([-float("inf"), float("inf")])
+    assert OFFICIAL.encode(infinite, allow_infinite=True).tolist() == [31999, 31744]
+    with pytest.raises(ValueError, match="not finite"):
+        OFFICIAL.encode(infinite)
+    with pytest.raises(ValueError, match="not finite"):
+        OFFICIAL.encode(torch.tensor([float("nan")]), allow_infinite=True)
 
 
 def test_quantiles_map_to_the_bounds_and_back_and_masked_dimensions_pass_through_f22():
@@ -66,6 +70,18 @@ def test_useless_statistics_are_refused():
         ActionNormalizer((1.0,), (1.0,), (True,))
     with pytest.raises(ValueError, match="one per action dimension"):
         ActionNormalizer((1.0,), (2.0, 3.0), (True,))
+
+
+def test_an_epsilon_widens_the_range_in_both_directions():
+    """OpenVLA-OFT adds 1e-8; with it a dimension may be constant."""
+    normalizer = ActionNormalizer.from_statistics([0.0, 0.5], [1.0, 0.5], None, epsilon=0.5)
+    actions = torch.tensor([1.5, 1.0])
+    assert normalizer.normalize(actions).tolist() == [1.0, 1.0]
+    assert normalizer.unnormalize(torch.ones(2)).tolist() == [1.5, 1.0]
+    tiny = ActionNormalizer.from_statistics([0.5], [0.5], None, epsilon=1e-8)
+    assert tiny.unnormalize(torch.tensor([0.3])).tolist() == [0.5]
+    with pytest.raises(ValueError, match="not below"):
+        ActionNormalizer.from_statistics([0.6], [0.5], None, epsilon=1e-8)
 
 
 def test_temperature_divides_the_logits_of_score_and_sample_alike_f44():

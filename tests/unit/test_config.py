@@ -195,6 +195,26 @@ BROKEN = {
         "model.image_size = 64: must be a multiple of model.patch_size = 7; set model.image_size to 63",
     ),
     "tower": (["--model.siglip.dim", "65"], "model.siglip.dim = 65: must be a multiple of model.siglip.num_heads = 4"),
+    "oft settings of another model": (
+        ["--model.oft.passes", "two"],
+        "model.oft.passes = two: is for openvla_oft, not openvla; leave it out",
+    ),
+    "oft decoding": (
+        ["--model.architecture", "openvla_oft", "--model.decoding", "autoregressive"],
+        "model.decoding = autoregressive: openvla_oft predicts the whole chunk at once; set parallel",
+    ),
+    "oft stop token": (
+        ["--model.architecture", "openvla_oft", "--model.oft.stop_token_id", "511"],
+        "model.oft.stop_token_id = 511: is no text id; set one below model.text_vocab_size = 511",
+    ),
+    "oft detached prompt": (
+        ["--model.architecture", "openvla_oft", "--model.oft.detach_prompt", "true"],
+        "model.oft.detach_prompt = true: needs a pass of its own for the prompt; set model.oft.passes to two",
+    ),
+    "oft frames": (
+        ["--model.architecture", "openvla_oft", "--model.oft.num_cameras", "2", "--rollout.max_inflight_bytes", "1"],
+        "an update holds up to 3960 frames of 64x64x3 = 48660480 bytes",
+    ),
     "chunk": (["--model.chunk_length", "161"], "model.chunk_length = 161: a chunk is longer than an episode"),
     "ppo group": (["--rollout.group_size", "4"], "rollout.group_size = 4: ppo has a critic"),
     "minibatches": (
@@ -258,6 +278,14 @@ BROKEN = {
     "quest's proprioception": (
         [*QUEST, "--model.quest.lowdim", "[[gripper, 1], [position, 3]]"],
         "model.proprio_dim = 0: must be 4, the sum of the sizes in model.quest.lowdim",
+    ),
+    "quest's frames": (
+        [*QUEST, "--model.preprocessing.frame_steps", "[jpeg]"],
+        "model.preprocessing is not for quest, which resizes frames in its own way",
+    ),
+    "quest's cameras": (
+        [*QUEST, "--model.oft.num_cameras", "2"],
+        "model.oft.num_cameras = 2: is for openvla_oft, not quest",
     ),
     "quest's lists": (
         [*QUEST, "--model.quest.lowdim", "[gripper]"],

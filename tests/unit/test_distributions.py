@@ -31,7 +31,7 @@ def continuous_model(kind, seed=0, **changes):
         dataclasses.replace(TINY, architecture="pixel_mlp", action_head=kind, **changes), INSTRUCTIONS, seed
     )
     with torch.no_grad():
-        model.action_head.weight.mul_(40)
+        model.output_layer.weight.mul_(40)
     return model
 
 
@@ -135,7 +135,7 @@ def test_a_frozen_scale_head_gets_no_gradient_f26(tmp_path, trained):
         learner=LearnerConfig(num_ranks=1, train_scale_head=trained),
     )
     learner = build_learner(cfg, tmp_path, rank=0, world_size=1, store_address=None)
-    model = learner._model
+    model = learner.model
     output = model(observations(model))
     (output.actions.log_prob(torch.zeros(3, model.num_action_tokens), temperature=1.0).sum()).backward()
     gradients = [p.grad is not None for name, p in model.named_parameters() if name.startswith("scale_head.")]

@@ -4,7 +4,10 @@ import os
 
 import pytest
 
-from vlarl_ray.doctor import check_disk, check_shared_memory, check_token, check_version
+from vlarl_ray.cli import main
+from vlarl_ray.config_loader import load_config
+from vlarl_ray.doctor import check_disk, check_memory, check_shared_memory, check_token, check_version, plan_of
+from vlarl_ray.memory_plan import MemoryPart, MemoryPlan
 
 
 def test_pinned_versions_are_found_and_match():
@@ -48,3 +51,22 @@ def test_a_cluster_without_token_authentication_fails(tmp_path):
     environ = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
     assert check_token(environ).ok
     assert not check_token({**environ, "RAY_ADDRESS": "10.0.0.1:6379"}).ok
+
+
+def test_a_preset_is_planned_for_and_what_does_not_fit_says_what_to_lower(tmp_path):
+    job = load_config("jobs/toy.yaml", ["--run_dir", str(tmp_path)])
+    plan = plan_of(job)
+    assert check_memory(job, plan).ok
+    assert plan.table.count("\n") == 10  # two processes with six parts and three
+    huge = MemoryPlan((MemoryPart("learner rank", "activations", 2**50),))
+    finding = check_memory(job, huge)
+    assert not finding.ok
+    assert "learner.micro_batch_size" in finding.fix
+
+
+def test_doctor_takes_a_preset_and_overrides(capsys, tmp_path):
+    words = ["doctor", "--preset", "jobs/toy.yaml", "--learner.micro_batch_size", "64", "--run-dir", str(tmp_path)]
+    main(words)
+    printed = capsys.readouterr().out
+    assert "inference server" in printed
+    assert main([*words[:2], "jobs/none.yaml"]) == 2

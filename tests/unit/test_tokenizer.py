@@ -1,6 +1,7 @@
 import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers
 
-from vlarl_ray.models.tokenizer import PROMPT_PREFIX, PROMPT_SUFFIX, PromptTokenizer
+from vlarl_ray.models.tokenizer import PROMPT_PREFIX, PROMPT_SUFFIX, PromptTokenizer, prompt_text, training_text
 
 INSTRUCTIONS = ["close the drawer", "open the window", "press the button from the top"]
 
@@ -56,3 +57,25 @@ def test_a_lone_space_token_ends_the_prompt_where_the_vocabulary_has_one():
     tokenizer = PromptTokenizer.train([*INSTRUCTIONS], vocab_size=511).tokenizer
     tokenizer.add_tokens(["▁"])
     assert PromptTokenizer(tokenizer).encode("open the window")[-1] == tokenizer.token_to_id("▁")
+
+
+def test_the_declared_style_shapes_the_prompt_and_its_template_is_two_tokens(tmp_path):
+    tokenizer = PromptTokenizer.train(INSTRUCTIONS, vocab_size=511, style="openvla-v01")
+    ids = tokenizer.encode("Open the WINDOW")
+    assert len(ids) == len(PromptTokenizer.train(INSTRUCTIONS, vocab_size=511).encode("open the window")) == 6
+    text = tokenizer.tokenizer.decode(ids[1:], skip_special_tokens=False)
+    assert text == prompt_text("open the window", "openvla-v01")
+    assert text.startswith("A chat between")
+    assert text.endswith(" open the window? ASSISTANT:")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert PromptTokenizer.load(tmp_path / "tokenizer.json", "openvla-v01").encode("Open the WINDOW") == ids
+
+
+def test_a_prompt_that_ends_in_the_lone_space_gets_no_second_one():
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 1, "▁": 7}))
+    tokenizer.normalizer = normalizers.Replace(Regex(r"[\s\S]+"), "▁")  # any text is that one token
+    assert PromptTokenizer(tokenizer).encode("open the window") == [1, 7]
+
+
+def test_the_training_text_is_prompt_answer_and_end_mark():
+    assert training_text("Close it", "xyz") == prompt_text("Close it") + " xyz</s>"

@@ -58,7 +58,7 @@ def make_request(rows: int, *, version: int = 1, first: int = 0) -> ActRequest:
 
 
 def served(engine: TorchEngine) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in engine._model.named_parameters()}
+    return {name: value.clone() for name, value in engine.model.named_parameters()}
 
 
 def test_every_served_tensor_equals_the_merged_weights_and_differs_from_the_base_f58(folder):

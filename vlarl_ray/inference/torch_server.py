@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float32, Num
-from safetensors import safe_open
 from torch import Tensor
 
 from vlarl_ray.config import InferenceConfig
@@ -18,7 +17,7 @@ from vlarl_ray.inference.base import LoadReport
 from vlarl_ray.models.base import PolicyInputs, VLAModel
 from vlarl_ray.models.distributions import samples_to_numpy, samples_to_torch
 from vlarl_ray.models.lora import merged_weight
-from vlarl_ray.models.policy import load_policy
+from vlarl_ray.models.policy import load_policy, policy_weights
 from vlarl_ray.types import ActReply, ActRequest
 from vlarl_ray.weights.canary import update_digests
 from vlarl_ray.weights.update import WeightUpdate
@@ -43,9 +42,9 @@ class TorchEngine:
         self._deterministic = deterministic
         self._device = torch.device(device)
         policy = load_policy(str(policy_dir), dtype=cfg.dtype, device=device)
-        self._model: VLAModel = policy.model.eval().requires_grad_(False)
-        self._parameters = dict(self._model.named_parameters())
-        self._pristine = Path(policy_dir) / "model.safetensors"
+        self.model: VLAModel = policy.model.eval().requires_grad_(False)
+        self._parameters = dict(self.model.named_parameters())
+        self._pristine = policy_weights(Path(policy_dir))
         self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
         self.version: int | None = None
 
@@ -54,9 +53,11 @@ class TorchEngine:
         start = time.perf_counter()
         self.version = None  # a load that fails half-way must not answer
         kept, asked = 0.0, 0.0
-        with torch.no_grad(), safe_open(self._pristine, framework="pt") as base:
-            for name, (a, b) in update.adapters.items():
-                pristine = base.get_tensor(name).float()
+        known = {name: slice(None) for name in update.adapters if self._checked(name)}
+        with torch.no_grad():
+            for name, tensor in self._pristine.read_rows(known):
+                a, b = update.adapters[name]
+                pristine = tensor.float()
                 target = merged_weight(pristine, _tensor(a), _tensor(b), update.lora_scale)
                 self._assign(name, target)
                 if not torch.equal(self._parameters[name].cpu(), target.to(self._parameters[name].dtype)):
@@ -86,7 +87,7 @@ class TorchEngine:
             tokens=samples_to_numpy(tokens),
             logprobs=logprobs.float().cpu().numpy(),
             policy_version=self.version,
-            tokens_of_chunk=self._model.tokens_of_chunk,
+            tokens_of_chunk=self.model.tokens_of_chunk,
         )
 
     @torch.inference_mode()
@@ -95,7 +96,7 @@ class TorchEngine:
         parts = []
         for rows in self._batches(len(request)):
             taken = samples_to_torch(tokens[rows]).to(self._device)
-            actions = self._model(self._inputs(request, rows), taken).actions
+            actions = self.model(self._inputs(request, rows), taken).actions
             scored = actions.log_prob(taken, temperature=request.temperature)
             parts.append(scored[: rows.stop - rows.start])
         return torch.cat(parts).float().cpu().numpy()
@@ -108,12 +109,10 @@ class TorchEngine:
         index = self._padded(rows)
         noise = None
         if request.temperature > 0:
-            noise = self._model.draw_noise(request.noise_keys[index]).to(self._device)
-        tokens, logprobs = self._model.sample(
-            self._inputs(request, index), temperature=request.temperature, noise=noise
-        )
+            noise = self.model.draw_noise(request.noise_keys[index]).to(self._device)
+        tokens, logprobs = self.model.sample(self._inputs(request, index), temperature=request.temperature, noise=noise)
         count = rows.stop - rows.start
-        return self._model.decode_actions(tokens)[:count], tokens[:count], logprobs[:count]
+        return self.model.decode_actions(tokens)[:count], tokens[:count], logprobs[:count]
 
     def _padded(self, rows: slice) -> np.ndarray:
         index = np.arange(rows.start, rows.stop)
@@ -133,7 +132,7 @@ class TorchEngine:
 
     def _prompt(self, instruction: str) -> tuple[Tensor, Tensor]:
         if instruction not in self._prompts:
-            self._prompts[instruction] = self._model.encode_prompts([instruction])
+            self._prompts[instruction] = self.model.encode_prompts([instruction])
         return self._prompts[instruction]
 
     def _as_served(self, update: WeightUpdate) -> WeightUpdate:
@@ -143,10 +142,13 @@ class TorchEngine:
         served = {name: self._parameters[name].detach().float().cpu().numpy() for name in update.tensors}
         return replace(update, tensors=served)
 
-    def _assign(self, name: str, value: Tensor) -> None:
-        parameter = self._parameters.get(name)
-        if parameter is None:
+    def _checked(self, name: str) -> str:
+        if name not in self._parameters:
             raise ValueError(f"weight update names {name!r}, which the served model does not have.")
+        return name
+
+    def _assign(self, name: str, value: Tensor) -> None:
+        parameter = self._parameters[self._checked(name)]
         if parameter.shape != value.shape:
             raise ValueError(
                 f"weight update: {name!r} has shape {tuple(value.shape)}, the model's is {tuple(parameter.shape)}."

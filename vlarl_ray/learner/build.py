@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from vlarl_ray.config import ExperimentConfig
 from vlarl_ray.learner.learner import Learner
+from vlarl_ray.learner.loading import load_shards
 from vlarl_ray.models.lora import attach_lora
-from vlarl_ray.models.policy import load_policy
+from vlarl_ray.models.policy import empty_model, load_model
 from vlarl_ray.registry import ALGORITHMS, resolve
 
 
@@ -33,7 +35,12 @@ def build_learner(
     Raises:
         ValueError: If the policy has no likelihood.
     """
-    model = load_policy(str(policy_dir), dtype="float32", device=device).model
+    fill = None
+    if store_address is None:
+        model = load_model(policy_dir, device=device)
+    else:
+        model, weights = empty_model(Path(policy_dir))
+        fill = partial(load_shards, weights=weights, lora_seed=cfg.seed)
     model.detach_value = cfg.learner.detach_value
     if cfg.learner.train == "lora":
         attach_lora(
@@ -62,4 +69,5 @@ def build_learner(
         store_address=store_address,
         seed=cfg.seed,
         device=device,
+        fill=fill,
     )

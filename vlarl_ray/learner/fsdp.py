@@ -88,17 +88,18 @@ class Ranks:
         return slice(min(start, num_rows), min(start + size, num_rows))
 
 
-def shard(model: VLAModel, ranks: Ranks, *, compute_dtype: torch.dtype | None) -> None:
+def shard(model: VLAModel, ranks: Ranks, *, device: torch.device, compute_dtype: torch.dtype | None) -> None:
     """Shard each unit of the model, then the root, but for `frozen_modules`. Heads compute in fp32 always.
 
     Args:
-        model: On its device already, adapters attached.
+        model: On its device already, or on the meta device; adapters attached.
         ranks: With a process group.
+        device: Where it is or will be.
         compute_dtype: Precision of forward and backward; master weights and gradient sums stay fp32. None: fp32.
     """
     # Nobody changes a model's outputs in place, which is what FSDP2 warns of when they are views.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world_size,))
+    mesh = init_device_mesh(device.type, (ranks.world_size,))
     exact = MixedPrecisionPolicy()
     policy = exact if compute_dtype is None else MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32)
     heads = [module for name, module in model.named_children() if f"{name}." in HEADS]

@@ -6,7 +6,7 @@ Every method marked *collective* must be called on all ranks in the same order; 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,7 @@ class Learner:
         cfg: Learner config.
         algorithm: Gives loss and schedule.
         model: Freshly loaded, fp32, with LoRA attached where `cfg.train` is `lora`; the learner takes it over.
+        fill: Gives a model that comes on the meta device its values, once it is sharded; needs a process group.
         rank: This rank.
         world_size: Number of ranks.
         store_address: Host and port where ranks meet; rank 0 listens there.
@@ -57,6 +58,7 @@ class Learner:
         store_address: tuple[str, int] | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
+        fill: Callable[[VLAModel, Ranks], None] | None = None,
     ) -> None:
         _check_supported(cfg, algorithm, model, store_address)
         torch.set_num_threads(cfg.num_threads)
@@ -64,7 +66,9 @@ class Learner:
         self._algorithm = algorithm
         self._seed = seed
         self._device = torch.device(device or _device(cfg))
-        self._model = model.to(self._device).eval()  # no dropout: the scored distribution is the sampled one
+        self.model = model.eval()  # no dropout: the scored distribution is the sampled one
+        if fill is None:
+            model.to(self._device)
         self._ranks = Ranks.join(
             rank=rank,
             world_size=world_size,
@@ -77,7 +81,10 @@ class Learner:
         self._published = _published_names(model)
         if self._ranks.has_process_group:
             compute_dtype = _to_bfloat16(model) if cfg.dtype == "bfloat16" else None
-            shard(model, self._ranks, compute_dtype=compute_dtype)
+            shard(model, self._ranks, device=self._device, compute_dtype=compute_dtype)
+            if fill is not None:
+                model.to_empty(device=self._device)
+                fill(model, self._ranks)
         parameters = dict(model.named_parameters())  # sharded now; `fully_shard` keeps names but replaces tensors
         common: dict[str, Any] = {"cfg": cfg, "ranks": self._ranks}
         self._actor = ShardOptimizer(
@@ -129,7 +136,7 @@ class Learner:
         """
         _check_batch(batch)
         factor = 1.0 - batch.progress * (1.0 - self._cfg.final_learning_rate_fraction)
-        for optimizer in self._optimizers():
+        for optimizer in self.optimizers():
             optimizer.scale_learning_rate(factor)
         minibatches = self._plan(batch)
         rows = np.concatenate([dealt.rows for minibatch in minibatches for dealt in minibatch.passes])
@@ -137,7 +144,7 @@ class Learner:
         demo_reader = None
         if batch.demos is not None:
             cloned = np.concatenate([dealt.rows for minibatch in minibatches for dealt in minibatch.clone_passes])
-            demo_reader = DemoReader(batch.demos, cloned, fetch, self._prompts, self._model, self._device)
+            demo_reader = DemoReader(batch.demos, cloned, fetch, self._prompts, self.model, self._device)
         metrics = self._updater.run(batch, minibatches, reader, demo_reader)
         metrics["learning_rate"] = factor * self._cfg.actor_learning_rate
         if self._critic is not None:
@@ -185,11 +192,11 @@ class Learner:
         shapes, shards = self._trainable()
         parameters = gather_full(self._ranks, shapes, shards)
         moments: dict[str, np.ndarray] = {}
-        for optimizer in self._optimizers():
+        for optimizer in self.optimizers():
             moments |= gather_full(self._ranks, optimizer.moment_shapes(), optimizer.moment_shards())
         if self._ranks.rank != 0:
             return {}, {}
-        steps = [optimizer.num_steps for optimizer in self._optimizers()]
+        steps = [optimizer.num_steps for optimizer in self.optimizers()]
         return {"parameters": parameters, "optimizer": moments}, {"optimizer_steps": steps}
 
     def load_state_dict(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> None:
@@ -203,7 +210,7 @@ class Learner:
         if own != {name: value.shape for name, value in parameters.items()}:
             odd = sorted(set(own) ^ set(parameters))[:3] or "shapes"
             raise ValueError(f"learner state belongs to another model ({odd} differ); check model and learner.lora.")
-        for optimizer, num_steps in zip(self._optimizers(), state["optimizer_steps"], strict=True):
+        for optimizer, num_steps in zip(self.optimizers(), state["optimizer_steps"], strict=True):
             optimizer.load(parameters, moments, num_steps)
 
     def shutdown(self) -> None:
@@ -215,7 +222,7 @@ class Learner:
         demos = batch.demos
         if demos is None:
             return minibatches
-        model = self._model
+        model = self.model
         counted = spread_mask(demos.action_mask, model.num_action_tokens, of_chunk=model.tokens_of_chunk).sum(axis=1)
         return [
             replace(
@@ -241,12 +248,13 @@ class Learner:
             rows, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=self._cfg.micro_batch_size
         )
 
-    def _optimizers(self) -> list[ShardOptimizer]:
+    def optimizers(self) -> list[ShardOptimizer]:
+        """That of the policy and, with a critic, that of the value head."""
         return [self._actor] if self._critic is None else [self._actor, self._critic]
 
     def _trainable(self) -> tuple[dict[str, torch.Size], dict[str, torch.Tensor]]:
-        shapes = {name: shape for optimizer in self._optimizers() for name, shape in optimizer.shapes.items()}
-        shards = {name: own for optimizer in self._optimizers() for name, own in optimizer.shards.items()}
+        shapes = {name: shape for optimizer in self.optimizers() for name, shape in optimizer.shapes.items()}
+        shards = {name: own for optimizer in self.optimizers() for name, own in optimizer.shards.items()}
         return shapes, shards
 
 
@@ -301,8 +309,13 @@ def _check_supported(
             "algorithm.kl_coef needs a reference policy, which is the one with adapters disabled; "
             "set it to 0 or learner.train to 'lora'."
         )
-    trains_scale = any(p.requires_grad for name, p in model.named_parameters() if name.startswith("scale_head."))
-    if trains_scale and algorithm.needs_reference:
+    trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    if algorithm.needs_reference and "action_head" in trained:
+        raise ValueError(
+            "algorithm.kl_coef needs a reference policy, the one with adapters disabled, but the action head is "
+            "trained whole; set algorithm.kl_coef to 0."
+        )
+    if algorithm.needs_reference and "scale_head" in trained:
         raise ValueError(
             "algorithm.kl_coef needs a reference policy, the one with adapters disabled, but the scale head is trained "
             "whole; set learner.train_scale_head to false, or algorithm.kl_coef to 0."

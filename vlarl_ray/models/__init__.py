@@ -10,6 +10,7 @@ from vlarl_ray.models.action_tokens import (
 from vlarl_ray.models.base import PolicyInputs, PolicyOutput, VLAModel
 from vlarl_ray.models.distributions import ActionDistribution, Gaussian, Laplace, TokenDistribution
 from vlarl_ray.models.policy import Policy, add_scale_head, load_model, load_policy, new_policy
+from vlarl_ray.models.proprio import ProprioNormalizer
 from vlarl_ray.models.quest_official import load_quest_official
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Policy",
     "PolicyInputs",
     "PolicyOutput",
+    "ProprioNormalizer",
     "TokenDistribution",
     "VLAModel",
     "action_entropy",

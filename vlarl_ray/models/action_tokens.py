@@ -30,13 +30,18 @@ class ActionTokenizer:
         """Smallest action id: the id of logits column 0."""
         return self.vocab_size - self.num_bins
 
-    def encode(self, actions: Float[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+    def encode(self, actions: Float[Tensor, "*shape"], *, allow_infinite: bool = False) -> Int64[Tensor, "*shape"]:
         """Return the token of each number; beyond [-1, 1] it is that of the bound.
 
+        Args:
+            actions: Normalised.
+            allow_infinite: Take infinities for numbers beyond the bounds, as the published tokenizer does, to compare
+                with it. In data they are a fault, so they are refused otherwise.
+
         Raises:
-            ValueError: If a number is not finite.
+            ValueError: If a number is NaN, or infinite where that is not allowed.
         """
-        if not torch.isfinite(actions).all():
+        if actions.isnan().any() or not (allow_infinite or torch.isfinite(actions).all()):
             raise ValueError("actions hold a value that is not finite; it has no token. Check the demonstrations.")
         edges = self._edges(actions.device)
         return self.vocab_size - torch.bucketize(actions.double().clamp(-1.0, 1.0), edges, right=True)
@@ -56,15 +61,21 @@ class ActionTokenizer:
             )
         return columns
 
-    def decode(self, tokens: Int64[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+    def decode(self, tokens: Int64[Tensor, "*shape"], *, clip: bool = False) -> Float32[Tensor, "*shape"]:
         """Return the bin centre of each token.
 
+        Args:
+            tokens: Ids of the vocabulary.
+            clip: Decode any id below the action tokens as the lowest of them and any above as the highest, as the
+                published tokenizer does, to compare with it. A policy here never gives such an id.
+
         Raises:
-            ValueError: If a token is no action token.
+            ValueError: If a token is no action token and `clip` is off.
         """
         edges = self._edges(tokens.device)
         centers = (edges[:-1] + edges[1:]) / 2
-        bins = (self.num_bins - 1 - self.columns(tokens)).clamp(max=self.num_bins - 2)
+        columns = tokens - self.first_token if clip else self.columns(tokens)
+        bins = (self.num_bins - 1 - columns).clamp(0, self.num_bins - 2)
         return centers[bins].float()
 
     def _edges(self, device: torch.device) -> Tensor:
@@ -77,11 +88,16 @@ class ActionNormalizer:
     """Map between env units and [-1, 1], per dimension.
 
     `q01` goes to -1 and `q99` to +1 where `mask` is true; other dimensions (the gripper) pass through.
+
+    Source:
+        OpenVLA's `norm_stats`; OpenVLA-OFT adds 1e-8 to the range q99 - q01, in both directions.
     """
 
     q01: tuple[float, ...]
     q99: tuple[float, ...]
     mask: tuple[bool, ...]
+    epsilon: float = 0.0
+    """Added to the range; above 0, a dimension may be constant (q01 = q99)."""
 
     def __post_init__(self) -> None:
         if not len(self.q01) == len(self.q99) == len(self.mask):
@@ -90,7 +106,7 @@ class ActionNormalizer:
                 "each must have one per action dimension."
             )
         for low, high, used in zip(self.q01, self.q99, self.mask, strict=True):
-            if used and not low < high:
+            if used and not low < high + self.epsilon:
                 raise ValueError(f"action statistics: q01 = {low} is not below q99 = {high}; mask this dimension out.")
 
     @classmethod
@@ -100,24 +116,24 @@ class ActionNormalizer:
 
     @classmethod
     def from_statistics(
-        cls, q01: Sequence[float], q99: Sequence[float], mask: Sequence[bool] | None
+        cls, q01: Sequence[float], q99: Sequence[float], mask: Sequence[bool] | None, *, epsilon: float = 0.0
     ) -> ActionNormalizer:
         """Take the `action` entry of OpenVLA's `norm_stats`; a missing mask means all true."""
-        return cls(tuple(q01), tuple(q99), (True,) * len(q01) if mask is None else tuple(mask))
+        return cls(tuple(q01), tuple(q99), (True,) * len(q01) if mask is None else tuple(mask), epsilon)
 
     def unnormalize(self, actions: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Turn model numbers into env units."""
-        low, high, mask = self._tensors(actions)
-        return torch.where(mask, 0.5 * (actions + 1) * (high - low) + low, actions)
+        low, span, mask = self._tensors(actions)
+        return torch.where(mask, 0.5 * (actions + 1) * span + low, actions)
 
     def normalize(self, actions: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Turn env units into model numbers."""
-        low, high, mask = self._tensors(actions)
-        return torch.where(mask, 2 * (actions - low) / torch.where(mask, high - low, 1) - 1, actions)
+        low, span, mask = self._tensors(actions)
+        return torch.where(mask, 2 * (actions - low) / torch.where(mask, span, 1) - 1, actions)
 
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low, high = (torch.tensor(q, dtype=like.dtype, device=like.device) for q in (self.q01, self.q99))
-        return low, high, torch.tensor(self.mask, device=like.device)
+        return low, high - low + self.epsilon, torch.tensor(self.mask, device=like.device)
 
 
 def action_logprobs(

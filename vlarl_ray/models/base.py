@@ -140,6 +140,11 @@ class VLAModel(nn.Module, ABC):
             actions: Of `block_length` env steps, env units; the K of a chunk will do.
         """
 
+    def key_value_bytes(self, rows: int) -> int:
+        """Bytes of keys and values that `sample` keeps from token to token; 0 where it decodes in one pass."""
+        del rows
+        return 0
+
     @abstractmethod
     def fsdp_units(self) -> Iterator[nn.Module]:
         """Submodules to shard one by one, in forward order (decoder layers, value head); the root comes last."""

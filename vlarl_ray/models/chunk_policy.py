@@ -1,4 +1,4 @@
-"""What policies over action chunks share: the kind of action head, normalisation of actions, their folder on disk."""
+"""What policies over action chunks share: the kind of action head, normalisation, their folder on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlarl_ray.config import ModelConfig
 from vlarl_ray.models.action_tokens import ActionNormalizer, ActionTokenizer
-from vlarl_ray.models.base import VLAModel
+from vlarl_ray.models.base import PolicyInputs, VLAModel
 from vlarl_ray.models.distributions import (
     ActionDistribution,
     Gaussian,
@@ -26,11 +26,12 @@ from vlarl_ray.models.distributions import (
 )
 from vlarl_ray.models.heads import ValueHead
 from vlarl_ray.models.lora import adapters_disabled
+from vlarl_ray.models.proprio import ProprioNormalizer
 from vlarl_ray.models.tokenizer import PromptTokenizer
 
 
 class ChunkPolicyModel(VLAModel):
-    """A model whose `action_head` gives the distribution of a chunk, in normalised action units.
+    """A model whose `output_layer` gives the distribution of a chunk, in normalised action units.
 
     `tokens`: each number is one of the `num_action_bins` last tokens of the vocabulary. `gaussian` and `laplace`: it is
     continuous, with a location and a scale. `l1`: it is the location alone, fitted by absolute error; such a policy
@@ -45,6 +46,7 @@ class ChunkPolicyModel(VLAModel):
         tokenizer: PromptTokenizer | None = None,
         *,
         normalizer: ActionNormalizer | None = None,
+        proprio_normalizer: ProprioNormalizer | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Build the model with arbitrary weights (see `new_policy` and `load_policy`).
@@ -53,12 +55,22 @@ class ChunkPolicyModel(VLAModel):
             config: Dimensions.
             tokenizer: For `encode_prompts`; None where prompts come as ids.
             normalizer: Between env units and [-1, 1]; None passes actions through.
+            proprio_normalizer: From raw proprioception to [-1, 1]; None passes it through.
             metadata: JSON facts to keep with the weights, like camera and render profile of the training data.
+
+        Raises:
+            ValueError: If `proprio_normalizer` is of another number of dimensions than `config.proprio_dim`.
         """
         super().__init__()
         self.model_config = config
         self.tokenizer = tokenizer
         self.normalizer = normalizer or ActionNormalizer.identity(config.action_dim)
+        if proprio_normalizer is not None and len(proprio_normalizer.q01) != config.proprio_dim:
+            raise ValueError(
+                f"proprio statistics have {len(proprio_normalizer.q01)} dimensions, but model.proprio_dim = "
+                f"{config.proprio_dim}; they must be equal."
+            )
+        self.proprio_normalizer = proprio_normalizer
         self.metadata = dict(metadata or {})
         self.chunk_length, self.action_dim = config.chunk_length, config.action_dim
         self.num_action_tokens, _ = self.sample_space(config)
@@ -72,6 +84,7 @@ class ChunkPolicyModel(VLAModel):
         instructions: Sequence[str],
         *,
         normalizer: ActionNormalizer | None = None,
+        proprio_normalizer: ProprioNormalizer | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> ChunkPolicyModel:
         """Make a model that can encode `instructions`; its weights are arbitrary (see `new_policy`).
@@ -79,9 +92,9 @@ class ChunkPolicyModel(VLAModel):
         Raises:
             ValueError: If a prompt is longer than `config.max_prompt_tokens`.
         """
-        tokenizer = PromptTokenizer.train(instructions, vocab_size=config.text_vocab_size)
+        tokenizer = PromptTokenizer.train(instructions, vocab_size=config.text_vocab_size, style=config.prompt_style)
         tokenizer.encode_batch(list(instructions), max_tokens=config.max_prompt_tokens)
-        return cls(config, tokenizer, normalizer=normalizer, metadata=metadata)
+        return cls(config, tokenizer, normalizer=normalizer, proprio_normalizer=proprio_normalizer, metadata=metadata)
 
     @property
     def has_likelihood(self) -> bool:
@@ -90,7 +103,7 @@ class ChunkPolicyModel(VLAModel):
 
     @property
     @abstractmethod
-    def action_head(self) -> nn.Linear:
+    def output_layer(self) -> nn.Linear:
         """The layer that gives logits or locations; a new model starts with small weights there."""
 
     def distribution(
@@ -109,6 +122,20 @@ class ChunkPolicyModel(VLAModel):
             return Laplace(head, torch.zeros_like(head), (0.0, 0.0))
         bounds = self.model_config.log_scale_range
         return Gaussian(head, log_scale, bounds) if kind == "gaussian" else Laplace(head, log_scale, bounds)
+
+    def normalized_proprio(self, inputs: PolicyInputs) -> Float[Tensor, "B P"]:
+        """Give proprioception as the model reads it.
+
+        Raises:
+            ValueError: If it has other dimensions than the model reads.
+        """
+        if inputs.proprio.shape[1] != self.model_config.proprio_dim:
+            raise ValueError(
+                f"observations hold {inputs.proprio.shape[1]} proprioception dimensions; this model reads "
+                f"{self.model_config.proprio_dim}."
+            )
+        normalizer = self.proprio_normalizer
+        return inputs.proprio if normalizer is None else normalizer.normalize(inputs.proprio)
 
     def draw_noise(self, keys: UInt64[np.ndarray, "B 2"]) -> Float[Tensor, "B L *N"]:
         """Draw the noise of one chunk per key."""

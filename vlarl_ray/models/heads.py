@@ -1,15 +1,16 @@
-"""Heads on the policy's hidden state: value, and scale of continuous actions."""
+"""Heads on the policy's hidden state: value, and location and scale of continuous actions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-HEADS = ("value_head.", "scale_head.")
+HEADS = ("value_head.", "scale_head.", "action_head.")
 """Name prefixes of the heads: always fp32, trained whole rather than by adapters."""
 
 
@@ -46,10 +47,20 @@ class ScaleHead(nn.Sequential):
             nn.Linear(input_size, num_numbers, dtype=torch.float32),
         )
 
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer whose output is the log-scale."""
+        return cast(nn.Linear, self[-1])
+
     def reset_last_layer(self, generator: torch.Generator) -> None:
         """Draw Xavier weights at a gain of 0.01, as RIPT-VLA's head has them."""
-        nn.init.xavier_normal_(self[2].weight, gain=0.01, generator=generator)  # type: ignore[arg-type]
-        nn.init.constant_(self[2].bias, self.INITIAL_LOG_SCALE)  # type: ignore[arg-type]
+        nn.init.xavier_normal_(self.last_layer.weight, gain=0.01, generator=generator)
+        nn.init.constant_(self.last_layer.bias, self.INITIAL_LOG_SCALE)
+
+    def make_constant(self, log_scale: float) -> None:
+        """Predict the same log-scale everywhere, until trained."""
+        nn.init.zeros_(self.last_layer.weight)
+        nn.init.constant_(self.last_layer.bias, log_scale)
 
     def forward(self, hidden: Float[Tensor, "B C"]) -> Float32[Tensor, "B L"]:  # type: ignore[override]
         """Predict natural logs of scales."""

@@ -1,7 +1,8 @@
-"""Llama decoder with the official parameter names, in plain torch: causal, read out at chosen positions only.
+"""Llama decoder with the official parameter names, in plain torch, read out at chosen positions only.
 
-Not transformers' class: importing that costs every server and rank 2.6 s and 150 MB, it cannot restrict the last layer
-to the positions that are read, and it materialises masks, which sequences with all padding at their end do not need.
+It attends causally (OpenVLA), or from every position to all that is not padding (OpenVLA-OFT). Not transformers' class:
+importing that costs every server and rank 2.6 s and 150 MB, it cannot restrict the last layer to the positions that are
+read, it materialises masks, which causal sequences with all padding at their end do not need, and it is causal only.
 """
 
 from __future__ import annotations
@@ -66,6 +67,10 @@ class KeyValues:
     keys: Float[Tensor, "B heads T head_dim"]
     values: Float[Tensor, "B heads T head_dim"]
 
+    def followed_by(self, new: KeyValues) -> KeyValues:
+        """Join with the keys and values of further tokens."""
+        return KeyValues(torch.cat([self.keys, new.keys], dim=2), torch.cat([self.values, new.values], dim=2))
+
     def write(self, positions: Int64[Tensor, " B"], new: KeyValues) -> None:
         """Store one new position per row."""
         index = positions[:, None, None, None].expand_as(new.keys)
@@ -96,9 +101,9 @@ class Attention(nn.Module):
         x: Float[Tensor, "B R C"],
         rotary: Rotary,
         key_values: KeyValues,
-        mask: Bool[Tensor, "B 1 R T"] | None,
+        mask: Bool[Tensor, "B 1 #R T"] | None,
     ) -> Float[Tensor, "B R C"]:
-        """Attend from R tokens; without a mask they are all T tokens and see those before them."""
+        """Attend from R tokens to the keys that the mask shows; without one they are all T and see those before."""
         query = rotary.rotate(self.q_proj(x).view(*x.shape[:2], self.num_heads, self.head_dim)).transpose(1, 2)
         attended = F.scaled_dot_product_attention(
             query,
@@ -136,23 +141,34 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(dims.hidden_size, eps=RMS_NORM_EPS)
 
     def forward(
-        self, x: Float[Tensor, "B T C"], rotary: Rotary, read: Int64[Tensor, "B R"] | None = None
+        self,
+        x: Float[Tensor, "B T C"],
+        rotary: Rotary,
+        read: Int64[Tensor, "B R"] | None = None,
+        *,
+        visible: Bool[Tensor, "B 1 1 S"] | None = None,
+        past: KeyValues | None = None,
     ) -> tuple[Float[Tensor, "B R C"], KeyValues]:
-        """Process a whole sequence.
+        """Process a whole sequence, or its continuation.
 
         Args:
-            x: Hidden states of all positions.
-            rotary: Factors of positions 0..T-1.
-            read: Positions whose output is wanted; None computes all (R = T).
+            x: Hidden states of all T positions at hand.
+            rotary: Their factors.
+            read: Indices among them whose output is wanted; None computes all (R = T).
+            visible: Keys that every position sees, of S = T and those of `past`; None is causal attention.
+            past: Keys and values of what comes before `x`.
 
         Returns:
-            Hidden states of the wanted positions, and keys and values of all.
+            Hidden states of the wanted positions, and keys and values of all, `past` included.
         """
         normed = self.input_layernorm(x)
         key_values = self.self_attn.key_values(normed, rotary)
+        if past is not None:
+            key_values = past.followed_by(key_values)
         if read is None:
-            return self._finish(x, self.self_attn.attend(normed, rotary, key_values, None)), key_values
-        visible = (torch.arange(x.shape[1], device=x.device) <= read[..., None])[:, None]
+            return self._finish(x, self.self_attn.attend(normed, rotary, key_values, visible)), key_values
+        if visible is None:
+            visible = (torch.arange(x.shape[1], device=x.device) <= read[..., None])[:, None]
         index = read[..., None].expand(-1, -1, x.shape[-1])
         attended = self.self_attn.attend(normed.gather(1, index), rotary.at(read), key_values, visible)
         return self._finish(x.gather(1, index), attended), key_values
@@ -182,22 +198,48 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(dims.hidden_size, eps=RMS_NORM_EPS)
 
     def forward(
-        self, embeddings: Float[Tensor, "B T C"], read: Int64[Tensor, "B R"], *, keep_cache: bool = False
+        self,
+        embeddings: Float[Tensor, "B T C"],
+        read: Int64[Tensor, "B R"],
+        *,
+        lengths: Int64[Tensor, " B"] | None = None,
+        keep_cache: bool = False,
     ) -> tuple[Float[Tensor, "B R C"], list[KeyValues]]:
         """Return normed hidden states at `read`; only these are computed in the last layer.
 
         Args:
             embeddings: Input embeddings at positions 0..T-1. Padding must follow everything that is read.
             read: Positions to read.
-            keep_cache: Whether to return each layer's keys and values (for decoding on).
+            lengths: Positions of each row that are not padding: every position sees all of these. None is causal.
+            keep_cache: Whether to return each layer's keys and values (for decoding on, or `extend`).
         """
         rotary = Rotary.of_length(embeddings.shape[1], self.head_dim, embeddings)
+        visible = None if lengths is None else _first(lengths, embeddings.shape[1])[:, None, None]
         x, caches = embeddings, []
         for index, layer in enumerate(self.layers):
-            x, key_values = layer(x, rotary, read if index == len(self.layers) - 1 else None)
+            x, key_values = layer(x, rotary, read if index == len(self.layers) - 1 else None, visible=visible)
             if keep_cache:
                 caches.append(key_values)
         return self.norm(x), caches
+
+    def extend(
+        self, embeddings: Float[Tensor, "B R C"], caches: list[KeyValues], lengths: Int64[Tensor, " B"]
+    ) -> Float[Tensor, "B R C"]:
+        """Process what follows each row's first `lengths` positions: it sees those and itself, they don't see it.
+
+        Args:
+            embeddings: Of positions `lengths`, `lengths + 1`, ... of each row, none of them padding.
+            caches: Of a bidirectional pass over the first `lengths` positions (and padding); left as they are.
+            lengths: Cached positions of each row that are not padding.
+        """
+        cached, count = caches[0].keys.shape[2], embeddings.shape[1]
+        positions = lengths[:, None] + torch.arange(count, device=lengths.device)
+        rotary = Rotary.of_length(cached + count, self.head_dim, embeddings).at(positions)
+        visible = F.pad(_first(lengths, cached), (0, count), value=True)[:, None, None]
+        x = embeddings
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, _ = layer(x, rotary, visible=visible, past=cache)
+        return self.norm(x)
 
     def decode(
         self, embeddings: Float[Tensor, "B 1 C"], positions: Int64[Tensor, " B"], caches: list[KeyValues]
@@ -213,7 +255,13 @@ class Decoder(nn.Module):
 class LanguageModel(nn.Module):
     """Decoder and output head, named as in official checkpoints (`model.*`, `lm_head`)."""
 
-    def __init__(self, dims: LlamaDims) -> None:
+    def __init__(self, dims: LlamaDims, *, has_lm_head: bool = True) -> None:
         super().__init__()
         self.model = Decoder(dims)
-        self.lm_head = nn.Linear(dims.hidden_size, dims.vocab_size, bias=False)
+        if has_lm_head:
+            self.lm_head = nn.Linear(dims.hidden_size, dims.vocab_size, bias=False)
+
+
+def _first(lengths: Int64[Tensor, " B"], size: int) -> Bool[Tensor, "B {size}"]:
+    """True in the first `lengths` of `size` columns."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]

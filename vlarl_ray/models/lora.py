@@ -102,7 +102,9 @@ def attach_lora(
         holder = model.get_submodule(parent)
         setattr(holder, child, LoraLinear(getattr(holder, child), config, adapters))
     model.critic, model.detach_value = critic, detach_value
-    _init_adapters(model, seed)
+    with torch.no_grad():
+        for parameter, values in initial_adapters(model, seed):
+            parameter.copy_(values)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -247,14 +249,15 @@ def _target_names(model: VLAModel, config: LoraConfig) -> list[str]:
     return names + (lm_head if config.include_lm_head else [])
 
 
-def _init_adapters(model: nn.Module, seed: int) -> None:
-    """Draw A on the CPU in the order of names, so that every rank and device gets the same numbers; B is zero."""
+def initial_adapters(model: nn.Module, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield every adapter parameter with the values it starts from: A random, B zero, so that nothing changes at first.
+
+    Drawn on the CPU in the order of names, so that every rank and device gets the same numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
     for _, layer in sorted(lora_layers(model).items()):
         for name in layer.lora_A:
             a, b = layer.pair(name)
             bound = a.shape[1] ** -0.5  # PEFT's default: Kaiming uniform with a = sqrt(5)
-            values = torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-            with torch.no_grad():
-                a.copy_(values)
-                b.zero_()
+            yield a, torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+            yield b, torch.zeros(b.shape, dtype=torch.float32)

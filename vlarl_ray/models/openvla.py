@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from vlarl_ray.config import ModelConfig
 from vlarl_ray.models.base import PolicyInputs, PolicyOutput
 from vlarl_ray.models.chunk_policy import ChunkPolicyModel
-from vlarl_ray.models.heads import ValueHead
+from vlarl_ray.models.heads import HEADS, ValueHead
 from vlarl_ray.models.llama import LanguageModel, LlamaDims
 from vlarl_ray.models.lora import CRITIC, use_adapter
+from vlarl_ray.models.preprocessing import preprocess
 from vlarl_ray.models.vit import VisionTransformer
-
-# ImageNet statistics rounded to bfloat16, as the released preprocessor configs have them.
-_DINO_MEAN, _DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
-_SIGLIP_MEAN, _SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 class VisionBackbone(nn.Module):
@@ -55,7 +52,73 @@ class Projector(nn.Module):
         return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features)))))
 
 
-class OpenVLA(ChunkPolicyModel):
+class VisionLanguagePolicy(ChunkPolicyModel):
+    """What OpenVLA and OpenVLA-OFT share: towers, projector and Llama, under the official parameter names."""
+
+    def __init__(
+        self, config: ModelConfig, *args: Any, num_cameras: int = 1, has_lm_head: bool = True, **kwargs: Any
+    ) -> None:
+        """As `ChunkPolicyModel`, which takes `args` and `kwargs`.
+
+        Args:
+            config: Dimensions.
+            args: See there.
+            num_cameras: V, frames per observation.
+            has_lm_head: Whether the Llama has its output layer.
+            kwargs: See there.
+        """
+        super().__init__(config, *args, **kwargs)
+        self.num_cameras = num_cameras
+        self.num_patches = num_cameras * (config.image_size // config.patch_size) ** 2
+
+        self.vision_backbone = VisionBackbone(config)
+        self.projector = Projector(config.dino.dim + config.siglip.dim, config.hidden_size)
+        dims = LlamaDims(
+            vocab_size=padded_vocab_size(config),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+        )
+        self.language_model = LanguageModel(dims, has_lm_head=has_lm_head)
+
+    def fsdp_units(self) -> Iterator[nn.Module]:
+        """Yield the decoder layers, then the heads (each alone, as they stay in fp32)."""
+        yield from self.language_model.model.layers
+        yield from (module for name, module in self.named_children() if f"{name}." in HEADS)
+
+    @property
+    def unused_modules(self) -> tuple[str, ...]:
+        """Name prefixes of modules that are carried but not computed; they get no adapters."""
+        backbone = "vision_backbone"
+        towers = {"featurizer": self.model_config.dino, "fused_featurizer": self.model_config.siglip}
+        last_blocks = tuple(f"{backbone}.{name}.blocks.{tower.depth - 1}." for name, tower in towers.items())
+        return (*last_blocks, f"{backbone}.fused_featurizer.attn_pool.")
+
+    def preprocess(self, images: UInt8[Tensor, "B V H W 3"]) -> Float[Tensor, "B 6*V S S"]:
+        """Turn frames into pixels for both towers, as `config.preprocessing` declares (see `models.preprocessing`).
+
+        Returns:
+            Six channels for each camera: three for DINOv2, then three for SigLIP.
+
+        Raises:
+            ValueError: If there are not as many cameras as the model takes.
+        """
+        if images.shape[1] != self.num_cameras:
+            raise ValueError(
+                f"images hold {images.shape[1]} cameras per observation; this model takes {self.num_cameras}."
+            )
+        config, dtype = self.model_config, self.language_model.model.norm.weight.dtype
+        return preprocess(images, config.preprocessing, image_size=config.image_size, dtype=dtype)
+
+    def _action_logits(self, hidden: Float[Tensor, "B R H"]) -> Float32[Tensor, "B R N"]:
+        """Logits of the action bins; everything else has probability zero."""
+        last = self.first_action_token + self.model_config.num_action_bins
+        return self.language_model.lm_head(hidden)[..., self.first_action_token : last].float()
+
+
+class OpenVLA(VisionLanguagePolicy):
     """OpenVLA with a value head.
 
     A row's sequence is BOS, patches, the rest of its prompt, its action positions, then padding. Padding comes last, so
@@ -66,26 +129,12 @@ class OpenVLA(ChunkPolicyModel):
     def __init__(self, config: ModelConfig, *args: Any, **kwargs: Any) -> None:
         """As `ChunkPolicyModel`."""
         super().__init__(config, *args, **kwargs)
-        self.num_patches = (config.image_size // config.patch_size) ** 2
-
-        self.vision_backbone = VisionBackbone(config)
-        self.projector = Projector(config.dino.dim + config.siglip.dim, config.hidden_size)
-        self.language_model = LanguageModel(
-            LlamaDims(
-                vocab_size=padded_vocab_size(config),
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_layers=config.num_layers,
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-            )
-        )
         if config.decoding == "parallel" and self.num_action_tokens > 1:
             self.action_queries = nn.Parameter(torch.zeros(self.num_action_tokens - 1, config.hidden_size))
         self.value_head = ValueHead(config.hidden_size, config.value_hidden_sizes)
 
     @property
-    def action_head(self) -> nn.Linear:
+    def output_layer(self) -> nn.Linear:
         """The language model's output layer."""
         return self.language_model.lm_head
 
@@ -121,35 +170,15 @@ class OpenVLA(ChunkPolicyModel):
                 actions = self.distribution(logits)
             return tokens, actions.log_prob(tokens, temperature=temperature)
 
-    def fsdp_units(self) -> Iterator[nn.Module]:
-        """Yield the decoder layers, then the value head (alone, as it stays in fp32)."""
-        yield from self.language_model.model.layers
-        yield self.value_head
-
-    @property
-    def unused_modules(self) -> tuple[str, ...]:
-        """Name prefixes of modules that are carried but not computed; they get no adapters."""
-        backbone = "vision_backbone"
-        towers = {"featurizer": self.model_config.dino, "fused_featurizer": self.model_config.siglip}
-        last_blocks = tuple(f"{backbone}.{name}.blocks.{tower.depth - 1}." for name, tower in towers.items())
-        return (*last_blocks, f"{backbone}.fused_featurizer.attn_pool.")
-
-    def preprocess(self, images: UInt8[Tensor, "B V H W 3"]) -> Float[Tensor, "B 6 S S"]:
-        """Scale frames to the model's size (bilinear, antialiased) and normalise them for both towers.
-
-        Raises:
-            ValueError: If there is more than one camera.
-        """
-        if images.shape[1] != 1:
-            raise ValueError(f"images hold {images.shape[1]} cameras per observation; this model takes 1.")
-        pixels = images[:, 0].permute(0, 3, 1, 2).to(torch.float32).div(255)
-        size = self.model_config.image_size
-        if pixels.shape[-2:] != (size, size):
-            pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        mean, std = (
-            pixels.new_tensor(values)[:, None, None] for values in (_DINO_MEAN + _SIGLIP_MEAN, _DINO_STD + _SIGLIP_STD)
-        )
-        return ((pixels.repeat(1, 2, 1, 1) - mean) / std).to(self.language_model.model.norm.weight.dtype)
+    def key_value_bytes(self, rows: int) -> int:
+        """Keys and values of all layers at all positions, where decoding is autoregressive."""
+        config = self.model_config
+        if config.decoding == "parallel":
+            return 0
+        positions = config.max_prompt_tokens + self.num_patches + self.num_action_tokens - 1
+        head_dim = config.hidden_size // config.num_heads
+        per_position = 2 * config.num_layers * config.num_kv_heads * head_dim
+        return rows * positions * per_position * self.language_model.lm_head.weight.element_size()
 
     def _embed(
         self, inputs: PolicyInputs, tokens: Int64[Tensor, "B L"] | None, *, num_slots: int
@@ -176,10 +205,6 @@ class OpenVLA(ChunkPolicyModel):
         return self.language_model.model(self._embed(inputs, None, num_slots=0), self._read_positions(inputs, 1))[0][
             :, 0
         ]
-
-    def _action_logits(self, hidden: Float[Tensor, "B R H"]) -> Float32[Tensor, "B R N"]:
-        last = self.first_action_token + self.model_config.num_action_bins
-        return self.language_model.lm_head(hidden)[..., self.first_action_token : last].float()
 
     def _decode(
         self, inputs: PolicyInputs, temperature: float, noise: Tensor | None

@@ -39,7 +39,7 @@ class PixelMLP(ChunkPolicyModel):
         self.value_head = ValueHead(width, config.value_hidden_sizes)
 
     @property
-    def action_head(self) -> nn.Linear:
+    def output_layer(self) -> nn.Linear:
         """The output layer."""
         return self.lm_head
 
@@ -83,7 +83,7 @@ class PixelMLP(ChunkPolicyModel):
         prompt = F.layer_norm(embedded.sum(1), embedded.shape[-1:])  # as loud as the pixels, whatever its length
         hidden = self.layers[0](pixels.flatten(1).to(dtype)) + prompt
         if self.model_config.proprio_dim:
-            hidden = hidden + self.proprio_projector(inputs.proprio.to(dtype))
+            hidden = hidden + self.proprio_projector(self.normalized_proprio(inputs).to(dtype))
         return F.relu(self.layers[1](F.relu(hidden)))
 
     def _actions(self, hidden: Float[Tensor, "B H"]) -> ActionDistribution:

@@ -14,19 +14,21 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 from pydantic import TypeAdapter, ValidationError
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlarl_ray.config import ModelConfig
+from vlarl_ray.files import write_whole
 from vlarl_ray.models.action_tokens import ActionNormalizer
 from vlarl_ray.models.base import PolicyInputs
 from vlarl_ray.models.chunk_policy import ChunkPolicyModel
 from vlarl_ray.models.distributions import samples_to_numpy, samples_to_torch
-from vlarl_ray.models.heads import HEADS, ScaleHead
+from vlarl_ray.models.heads import HEADS, ScaleHead, ValueHead
 from vlarl_ray.models.lora import lora_layers
+from vlarl_ray.models.official import HEADS_FILE, official_weights
+from vlarl_ray.models.proprio import ProprioNormalizer
 from vlarl_ray.models.tokenizer import PromptTokenizer
 from vlarl_ray.models.vit import LayerScale
+from vlarl_ray.models.weight_files import MAX_FILE_BYTES, WeightFiles, remove_weights, write_files
 from vlarl_ray.registry import MODELS, resolve
 from vlarl_ray.types import ActionChunk, Observation
 
@@ -111,6 +113,7 @@ def new_policy(
     seed: int,
     *,
     normalizer: ActionNormalizer | None = None,
+    proprio_normalizer: ProprioNormalizer | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> ChunkPolicyModel:
     """Make an untrained model; the same arguments give the same weights, bit for bit.
@@ -121,6 +124,7 @@ def new_policy(
             model knows, where it has a table of them (quest).
         seed: Of the weights.
         normalizer: Between env units and [-1, 1]; None passes actions through.
+        proprio_normalizer: From raw proprioception to [-1, 1]; None passes it through.
         metadata: JSON facts to keep with the weights, such as camera and render profile.
 
     Raises:
@@ -128,7 +132,11 @@ def new_policy(
     """
     with torch.device("meta"):
         model = _model_class(config).for_instructions(
-            config, list(instructions), normalizer=normalizer, metadata=metadata
+            config,
+            list(instructions),
+            normalizer=normalizer,
+            proprio_normalizer=proprio_normalizer,
+            metadata=metadata,
         )
     model.to_empty(device="cpu")
     init_weights(model, seed)
@@ -153,14 +161,20 @@ def add_scale_head(
             f"model.action_head = {model.model_config.action_head!r}: a scale head is added to 'l1' policies only."
         )
     config = replace(model.model_config, action_head=kind)  # type: ignore[type-var]
-    widened = type(model)(config, model.tokenizer, normalizer=model.normalizer, metadata=model.metadata)
+    widened = type(model)(
+        config,
+        model.tokenizer,
+        normalizer=model.normalizer,
+        proprio_normalizer=model.proprio_normalizer,
+        metadata=model.metadata,
+    )
     loaded = widened.load_state_dict(model.state_dict(), strict=False)
     assert not loaded.unexpected_keys
     assert all(name.startswith("scale_head.") for name in loaded.missing_keys)
-    last = widened.get_submodule("scale_head.2")
+    head = cast(ScaleHead, widened.get_submodule("scale_head"))
     with torch.no_grad():
-        nn.init.zeros_(cast(nn.Linear, last).weight)
-        nn.init.constant_(cast(nn.Linear, last).bias, log_scale)
+        _draw_weights(head, torch.Generator().manual_seed(0))  # alike in every process
+        head.make_constant(log_scale)
     return widened
 
 
@@ -174,18 +188,54 @@ def save_policy(model: ChunkPolicyModel, folder: Path) -> None:
         raise ValueError(
             "the model has adapters; a policy folder holds plain weights. Save the adapters, or merge them first."
         )
-    folder.mkdir(parents=True, exist_ok=True)
     description = {
         "format": FORMAT,
         "model": asdict(model.model_config),  # type: ignore[call-overload]
         "action_statistics": asdict(model.normalizer),
+        "proprio_statistics": None if model.proprio_normalizer is None else asdict(model.proprio_normalizer),
         "metadata": model.metadata,
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    if model.tokenizer is not None:
-        model.tokenizer.save(folder / "tokenizer.json")
-    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    _write_folder(folder, description, model.tokenizer, model.state_dict().items())
+
+
+def copy_policy(
+    source: Path, folder: Path, tensors: Iterable[tuple[str, Tensor]], *, metadata: Mapping[str, Any]
+) -> Path:
+    """Write a policy folder that is another one with other weights, never holding more than a file of them in memory.
+
+    Args:
+        source: Policy folder.
+        folder: Policy folder to write; one that is there is replaced, once the new one is whole.
+        tensors: Name and value of every tensor.
+        metadata: Facts to add to the source's.
+    """
+    description = json.loads((source / "config.json").read_text())
+    description["metadata"] = {**description.get("metadata", {}), **metadata}
+    description.pop("weights_of", None)
+    path = source / "tokenizer.json"
+    tokenizer = PromptTokenizer.load(path) if path.exists() else None
+    _write_folder(folder, description, tokenizer, tensors)
+    return folder
+
+
+def _write_folder(
+    folder: Path,
+    description: Mapping[str, Any],
+    tokenizer: PromptTokenizer | None,
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Write all files beside their place, and move them there; `config.json` is last, so a folder with it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+        new = Path(partial)
+        write_files(new, tensors, max_file_bytes=MAX_FILE_BYTES)
+        if tokenizer is not None:
+            tokenizer.save(new / "tokenizer.json")
+        (folder / "config.json").unlink(missing_ok=True)
+        remove_weights(folder)
+        for path in new.iterdir():
+            path.rename(folder / path.name)
+    write_whole(folder / "config.json", json.dumps(description, indent=2) + "\n")
 
 
 def load_policy(
@@ -195,7 +245,7 @@ def load_policy(
 
     Args:
         folder_or_uri: Folder, or a `pyarrow.fs` URI of one (`s3://...`), which is copied to a temporary folder first.
-        dtype: Precision of everything but the value and scale heads, which stay fp32.
+        dtype: Precision of everything but the heads (of value, action and scale), which are fp32 always.
         device: A torch device.
 
     Raises:
@@ -212,29 +262,64 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
     with _local(folder_or_uri) as folder:
-        description = describe_policy(folder)
-        tokenizer_path = folder / "tokenizer.json"
-        model_class = _model_class(description["model"])
-        if dtype not in model_class.dtypes:
+        model, weights = empty_model(folder)
+        if dtype not in model.dtypes:
             raise ValueError(
-                f"dtype = {dtype!r}: a {description['model'].architecture} policy computes in "
-                f"{' or '.join(model_class.dtypes)} only; set inference.dtype and learner.dtype to that."
+                f"dtype = {dtype!r}: a {model.model_config.architecture} policy computes in "
+                f"{' or '.join(model.dtypes)} only; set inference.dtype and learner.dtype to that."
             )
-        with torch.device("meta"):
-            model = model_class(
-                description["model"],
-                PromptTokenizer.load(tokenizer_path) if tokenizer_path.exists() else None,
-                normalizer=ActionNormalizer(**description["action_statistics"]),
-                metadata=description["metadata"],
-            )
-        tensors = _checked_tensors(folder / "model.safetensors", model, device)
+        # Copies: what was read lies in a mapped file, which others may replace.
+        every = weights.read_rows(dict.fromkeys(weights, slice(None)))
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in every}
     model.load_state_dict(tensors, assign=True)
     for name, module in model.named_children():
-        if f"{name}." not in HEADS:
-            module.to(DTYPES[dtype])
+        module.to(torch.float32 if f"{name}." in HEADS else DTYPES[dtype])
     for parameter in model.parameters(recurse=False):
         parameter.data = parameter.data.to(DTYPES[dtype])
     return model.eval()
+
+
+def empty_model(folder: Path) -> tuple[ChunkPolicyModel, WeightFiles]:
+    """Build the model of a policy folder on the meta device, and find the tensors that belong to it; none is read.
+
+    Raises:
+        FileNotFoundError: If a file of the folder is missing.
+        ValueError: If its tensors are not those of the model it describes.
+    """
+    description = describe_policy(folder)
+    proprio = description["proprio_statistics"]
+    tokenizer_path = folder / "tokenizer.json"
+    config: ModelConfig = description["model"]
+    with torch.device("meta"):
+        model = _model_class(config)(
+            config,
+            PromptTokenizer.load(tokenizer_path, config.prompt_style) if tokenizer_path.exists() else None,
+            normalizer=ActionNormalizer(**description["action_statistics"]),
+            proprio_normalizer=None if proprio is None else ProprioNormalizer(**proprio),
+            metadata=description["metadata"],
+        )
+    weights = policy_weights(folder)
+    weights.check(model.state_dict())
+    return model, weights
+
+
+def policy_weights(folder: Path) -> WeightFiles:
+    """Find the tensors of a policy folder, or of the published checkpoint that it refers to; none is read.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged.
+    """
+    description = json.loads((folder / "config.json").read_text())
+    source = description.get("weights_of")
+    if source is None:
+        return WeightFiles.of_folder(folder)
+    if not Path(source).is_dir():
+        raise FileNotFoundError(
+            f"{folder} has its weights from {source}, which is not there; put the checkpoint back, or import it again."
+        )
+    weights = official_weights(Path(source), describe_policy(folder)["model"])
+    return weights | WeightFiles.of_file(folder / HEADS_FILE)
 
 
 def _model_class(config: ModelConfig) -> type[ChunkPolicyModel]:
@@ -242,7 +327,11 @@ def _model_class(config: ModelConfig) -> type[ChunkPolicyModel]:
 
 
 def describe_policy(folder: Path) -> dict[str, Any]:
-    """Read a policy folder's `config.json`: `model` (ModelConfig), `action_statistics`, `metadata`.
+    """Read a policy folder's `config.json`.
+
+    Returns:
+        `model` (ModelConfig), `action_statistics` and `proprio_statistics` (keyword arguments of their normalisers; the
+        latter None where there are none), `metadata`.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -260,37 +349,18 @@ def describe_policy(folder: Path) -> dict[str, Any]:
                 f"{path}: format = {description.get('format')!r}, expected {FORMAT!r}; this is no policy folder."
             )
         description["model"] = TypeAdapter(ModelConfig).validate_python(description["model"])
-        description["action_statistics"] = {name: tuple(v) for name, v in description["action_statistics"].items()}
+        description["action_statistics"] = _with_tuples(description["action_statistics"])
+        description["proprio_statistics"] = _with_tuples(description.get("proprio_statistics"))
         description.setdefault("metadata", {})
     except (json.JSONDecodeError, KeyError, ValidationError) as error:
         raise ValueError(f"{path} is damaged or from another version: {error}") from error
     return description
 
 
-def _checked_tensors(path: Path, model: nn.Module, device: str) -> dict[str, Tensor]:
-    """Read tensors whose names, shapes and types are those of `model`."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; a policy folder holds config.json, model.safetensors and tokenizer.json."
-        )
-    expected = model.state_dict()
-    with safe_open(path, framework="pt", device=device) as file:
-        found = set(file.keys())
-        if found != expected.keys():
-            raise ValueError(
-                f"{path} holds other tensors than its config.json describes: missing "
-                f"{sorted(expected.keys() - found)[:3]}, unknown {sorted(found - expected.keys())[:3]}."
-            )
-        tensors = {name: file.get_tensor(name) for name in expected}
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}; its config.json says {tuple(expected[name].shape)}."
-            )
-        is_number = expected[name].dtype.is_floating_point
-        if tensor.dtype not in DTYPES.values() if is_number else tensor.dtype != expected[name].dtype:
-            raise ValueError(f"{path}: {name} has type {tensor.dtype}; allowed: {', '.join(DTYPES)}.")
-    return tensors
+def _with_tuples(statistics: dict[str, Any] | None) -> dict[str, Any] | None:
+    if statistics is None:
+        return None
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in statistics.items()}
 
 
 @contextmanager
@@ -309,26 +379,42 @@ def _local(folder_or_uri: str | Path) -> Iterator[Path]:
 def init_weights(model: ChunkPolicyModel, seed: int) -> None:
     """Draw all weights on the CPU, in the order of module names."""
     generator = torch.Generator().manual_seed(seed)
-
-    def normal(tensor: Tensor, std: float) -> None:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
-
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-                normal(module.weight, module.weight[0].numel() ** -0.5)
-                if module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.BatchNorm2d):
-                module.reset_parameters()
-            elif isinstance(module, LayerScale):
-                module.scale_factor.fill_(1.0)
-            else:
-                for parameter in module.parameters(recurse=False):
-                    normal(parameter, 0.02)
-        normal(model.action_head.weight, 0.02)  # near-uniform actions at first
+        _draw_weights(model, generator)
+        _draw(model.output_layer.weight, 0.02, generator)  # near-uniform actions at first
         for module in model.modules():
             if isinstance(module, ScaleHead):
                 module.reset_last_layer(generator)
         nn.init.zeros_(cast(nn.Linear, model.value_head[-1]).weight)  # value 0 at first
         model.reset_special(generator)
+
+
+def draw_heads(heads: nn.ModuleDict, seed: int) -> None:
+    """Draw the heads that a policy lacks: value 0 at first, and a scale that is nearly constant."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        _draw_weights(heads, generator)
+        for head in heads.values():
+            if isinstance(head, ScaleHead):
+                head.reset_last_layer(generator)
+            elif isinstance(head, ValueHead):
+                nn.init.zeros_(cast(nn.Linear, head[-1]).weight)
+
+
+def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            _draw(module.weight, module.weight[0].numel() ** -0.5, generator)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.BatchNorm2d):
+            module.reset_parameters()
+        elif isinstance(module, LayerScale):
+            module.scale_factor.fill_(1.0)
+        else:
+            for parameter in module.parameters(recurse=False):
+                _draw(parameter, 0.02, generator)
+
+
+def _draw(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)

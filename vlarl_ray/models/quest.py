@@ -33,6 +33,7 @@ from vlarl_ray.models.chunk_policy import ChunkPolicyModel
 from vlarl_ray.models.distributions import Samples, TokenDistribution
 from vlarl_ray.models.heads import ValueHead
 from vlarl_ray.models.lora import CRITIC, use_adapter
+from vlarl_ray.models.proprio import ProprioNormalizer
 from vlarl_ray.models.quest_autoencoder import PositionalCode, SkillAutoencoder
 from vlarl_ray.models.quest_encoders import ImageEncoder, LowdimEncoder, SpatialSoftmax
 from vlarl_ray.models.quest_prior import SelfAttention, SkillPrior
@@ -62,6 +63,7 @@ class QueST(ChunkPolicyModel):
         tokenizer: PromptTokenizer | None = None,
         *,
         normalizer: ActionNormalizer | None = None,
+        proprio_normalizer: ProprioNormalizer | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """As `ChunkPolicyModel`; there is no tokenizer.
@@ -71,7 +73,9 @@ class QueST(ChunkPolicyModel):
         """
         for _, message in quest_problems(config):
             raise ValueError(message)
-        super().__init__(config, tokenizer, normalizer=normalizer, metadata=metadata)
+        super().__init__(
+            config, tokenizer, normalizer=normalizer, proprio_normalizer=proprio_normalizer, metadata=metadata
+        )
         quest, width = config.quest, config.quest.prior_dim
         self.first_action_token = 0
         instructions = self.metadata.setdefault("instructions", [])
@@ -110,11 +114,17 @@ class QueST(ChunkPolicyModel):
         instructions: Sequence[str],
         *,
         normalizer: ActionNormalizer | None = None,
+        proprio_normalizer: ProprioNormalizer | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> QueST:
         """Make a model that knows `instructions`; its weights are arbitrary."""
         known = list(dict.fromkeys(instructions))
-        return cls(config, normalizer=normalizer, metadata={**(metadata or {}), "instructions": known})
+        return cls(
+            config,
+            normalizer=normalizer,
+            proprio_normalizer=proprio_normalizer,
+            metadata={**(metadata or {}), "instructions": known},
+        )
 
     @property
     def block_length(self) -> int:
@@ -122,7 +132,7 @@ class QueST(ChunkPolicyModel):
         return self.model_config.quest.block_length
 
     @property
-    def action_head(self) -> nn.Linear:
+    def output_layer(self) -> nn.Linear:
         """The prior's output layer."""
         return self.policy_prior.head
 
@@ -176,7 +186,8 @@ class QueST(ChunkPolicyModel):
                 f"{self.model_config.proprio_dim}: {', '.join(f'{name} ({size})' for name, size in quest.lowdim)}."
             )
         features = [encoder(self.pixels(inputs.images[:, i])) for i, encoder in enumerate(self.image_encoders.values())]
-        parts = inputs.proprio.float().split([size for _, size in quest.lowdim], dim=1) if quest.lowdim else ()
+        sizes = [size for _, size in quest.lowdim]
+        parts = self.normalized_proprio(inputs).float().split(sizes, dim=1) if sizes else ()
         features += [e(part) for e, part in zip(self.lowdim_encoders.values(), parts, strict=True)]
         row = inputs.prompt_ids[:, 0]
         task = self.task_encoder(self.task_embeddings[row] if quest.task_encoding == "vector" else row)

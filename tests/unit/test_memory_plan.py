@@ -1,0 +1,79 @@
+"""What a job is planned to take is what its tensors take."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.memory import compare
+from tests.golden.test_openvla_golden import openvla_7b
+from vlarl_ray.config_loader import load_config
+from vlarl_ray.live_bytes import LiveBytes
+from vlarl_ray.memory_plan import plan_memory
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize("preset", ["jobs/smoke.yaml", "jobs/toy.yaml"])
+def test_every_part_is_within_15_percent_of_what_is_measured(preset):
+    for name, figure in compare(load_config(preset, [])).items():
+        assert figure["planned"] == pytest.approx(figure["measured"], rel=0.15), name
+
+
+def test_autoregressive_decoding_keeps_keys_and_values():
+    overrides = ["--model.decoding", "autoregressive", "--inference.batch_size", "3"]
+    figures = compare(load_config("jobs/smoke.yaml", overrides))
+    cached = figures["inference server: keys and values"]
+    assert cached["planned"] > 0
+    sampling = figures["inference server: sampling"]
+    assert cached["planned"] + sampling["planned"] == pytest.approx(cached["measured"] + sampling["measured"], rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def seven_billion():
+    cfg = load_config(None, ["--run_dir", "none"])
+    return replace(
+        cfg,
+        model=openvla_7b(),
+        env=replace(cfg.env, image_size=224),
+        learner=replace(cfg.learner, num_ranks=8, micro_batch_size=2, dtype="bfloat16"),
+        inference=replace(cfg.inference, batch_size=16, dtype="bfloat16"),
+    )
+
+
+def test_a_7b_policy_is_planned_for_without_its_weights(seven_billion):
+    parts = {f"{part.process}: {part.name}": part.num_bytes for part in plan_memory(seven_billion).parts}
+    assert parts["inference server: weights"] == pytest.approx(2 * 7.54e9, rel=0.01)
+    # 32 layers x 2 x 32 heads x 128 x (64 prompt + 256 patches + 6 drawn) positions x 2 bytes, for each of 16 rows
+    assert parts["inference server: keys and values"] == 16 * 32 * 2 * 32 * 128 * 326 * 2
+    assert parts["learner rank: frozen weights"] == pytest.approx(2 * 7.54e9 / 8, rel=0.01)
+    assert "14.0" in plan_memory(seven_billion).table
+
+
+def test_more_ranks_take_less_each(seven_billion):
+    two = replace(seven_billion, learner=replace(seven_billion.learner, num_ranks=2))
+    assert plan_memory(two).total("learner rank") > plan_memory(seven_billion).total("learner rank") + GIB
+
+
+def test_a_storage_counts_once_and_until_it_is_freed():
+    with LiveBytes() as live:
+        first = torch.zeros(256)
+        views = [first[:128], first.view(16, 16)]
+        assert live.now == 1024
+        second = first + 1
+        assert (live.now, live.peak) == (2048, 2048)
+        del first
+        assert live.now == 2048  # its views live on
+        del views, second
+        gc.collect()
+        assert (live.now, live.peak) == (0, 2048)
+
+
+def test_what_was_there_before_does_not_count():
+    before = torch.zeros(256)
+    with LiveBytes(known=[before]) as live:
+        before.add_(1)
+        assert live.peak == 0
