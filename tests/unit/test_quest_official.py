@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.small_openvla import INSTRUCTIONS
 from tests.small_quest import quest_observations, random_codes, small_quest
 from vlarl_ray.models.quest_official import FSQ_LEVELS, load_quest_official
+from vlarl_ray.models.unpickle import unpickle_folder
 
 DESCRIBED = {
     "autoencoder": {
@@ -114,23 +115,49 @@ def test_images_of_several_sizes_are_refused(tmp_path):
 
 def test_a_checkpoint_of_other_sizes_or_with_a_gap_is_refused(tmp_path):
     written(tmp_path, described=with_change("autoencoder", encoder_layers=2))
-    with pytest.raises(ValueError, match=r"is not what its config\.json describes"):
+    with pytest.raises(ValueError, match=r"(?s)12 tensors are not what the config.*missing: autoencoder\.encoder\."):
         load_quest_official(tmp_path)
-    written(tmp_path, drop=("policy_prior.lnf.",))
-    with pytest.raises(ValueError, match=r"policy_prior\.lnf\.weight"):
-        load_quest_official(tmp_path)
+    model = written(tmp_path, drop=("policy_prior.lnf.",))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {"extra": torch.zeros(2), "obs_proj.bias": torch.zeros(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="4 tensors are not what the config") as caught:
+        load_quest_official(tmp_path, instructions=INSTRUCTIONS, task_embeddings=model.task_embeddings)
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
+        "missing: policy_prior.lnf.bias",
+        "missing: policy_prior.lnf.weight",
+        "shape: obs_proj.bias is (3,), the config says (16,)",
+        "unknown: extra (2,)",
+    ]
 
 
 def test_a_pickle_is_never_opened_but_converted_by_the_user(tmp_path):
     written(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "multitask_model_final.pth").write_bytes(b"not even a pickle")
-    with pytest.raises(ValueError, match=r"multitask_model_final\.pth is a pickle.*torch\.load.*save_file"):
+    with pytest.raises(ValueError, match=r"multitask_model_final\.pth.*python -m vlarl_ray\.models\.unpickle"):
+        load_quest_official(tmp_path)
+
+
+def test_a_pickle_that_was_converted_is_the_same_policy(tmp_path):
+    """As the published code saves it: weights beside the optimiser's state, named as data-parallel training does."""
+    model = written(tmp_path, prefix="module.")
+    state = {"model": load_file(tmp_path / "model.safetensors"), "optimizers": [{"state": {}}], "epoch": 3}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "multitask_model_final.pth")
+    [made] = unpickle_folder(tmp_path)
+    assert made.name == "multitask_model_final.safetensors"
+    loaded = load_quest_official(tmp_path, instructions=INSTRUCTIONS, task_embeddings=model.task_embeddings)
+    inputs, codes = quest_observations(model), random_codes(model)
+    with torch.no_grad():
+        assert torch.equal(loaded(inputs, codes).actions.logits, model(inputs, codes).actions.logits)
+    made.with_name("second.safetensors").write_bytes(made.read_bytes())
+    with pytest.raises(ValueError, match=r"second\.safetensors, and no model\.safetensors; rename the one to read"):
         load_quest_official(tmp_path)
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"it has neither model\.safetensors nor"):
         load_quest_official(tmp_path)
     written(tmp_path)
     (tmp_path / "config.json").unlink()

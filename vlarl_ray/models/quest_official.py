@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vlarl_ray.config import ModelConfig, QuestConfig
 from vlarl_ray.models.policy import init_weights
 from vlarl_ray.models.quest import QueST
+from vlarl_ray.models.weight_files import INDEX, SINGLE, WeightFiles
 
 FSQ_LEVELS: Mapping[int, tuple[int, ...]] = {
     4: (5, 3),
@@ -28,7 +28,7 @@ FSQ_LEVELS: Mapping[int, tuple[int, ...]] = {
 }
 """Levels that the published code takes for a `codebook_size`, by its binary logarithm; often they give fewer codes."""
 
-_PICKLES = ("*.pth", "*.pt", "*.pkl", "*.ckpt", "*.bin")
+_VECTORS = "task_embeddings"
 
 
 def load_quest_official(
@@ -41,37 +41,39 @@ def load_quest_official(
 ) -> QueST:
     """Load a checkpoint of the published code, and give it a value head.
 
-    The folder holds `config.json`, the sizes in the published code's words, and `model.safetensors`, the checkpoint's
-    `model` entry. They may bring what that code looks up elsewhere: a list `instructions` and a tensor
-    `task_embeddings`. Save the result as a policy folder with `model.save`.
+    The folder holds `config.json`, the sizes in the published code's words, and the checkpoint's `model` entry as
+    safetensors, which `python -m vlarl_ray.models.unpickle` makes of it. They may bring what that code looks up
+    elsewhere: a list `instructions` and a tensor `task_embeddings`. Save the result as a policy folder with
+    `model.save`.
 
     Args:
         folder: Where they are.
         instructions: What the policy was taught, in the order of its task ids; None takes the folder's, if it has any.
         task_embeddings: One vector per instruction (CLIP's); None takes the folder's. Not for learned embeddings.
         value_hidden_sizes: Of the value head, whose value is 0 at first.
-        seed: Of the value head.
+        seed: Of the value head, unless the checkpoint has one.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the weights are a pickle, of a variant that is not supported, or not those of the config.
+        ValueError: If the weights are a pickle, of a variant that is not supported, or not those of the config; all
+            tensors that are missing, unknown or of another shape are then listed.
     """
     folder = Path(folder)
-    tensors = _read_tensors(folder)
+    weights = _find_weights(folder)
     described = _read_config(folder)
     known = list(instructions if instructions is not None else described.get("instructions", []))
     model = QueST(quest_config(described, value_hidden_sizes), metadata={"instructions": known})
     init_weights(model, seed)
-    if model.model_config.quest.task_encoding == "vector":
-        stored = tensors.pop("task_embeddings", torch.zeros(0, model.model_config.quest.task_size))
-        vectors = stored if task_embeddings is None else task_embeddings
-        if vectors.shape != model.task_embeddings.shape:
-            raise ValueError(
-                f"task_embeddings has shape {tuple(vectors.shape)}; {len(known)} instructions need "
-                f"{tuple(model.task_embeddings.shape)}. Give both, in one order."
-            )
-        tensors["task_embeddings"] = vectors
-    _load(model, tensors, folder)
+    targets = model.state_dict()
+    if targets.pop(_VECTORS, None) is not None:
+        if task_embeddings is None:
+            has_any = _VECTORS in weights
+            task_embeddings = weights.read(_VECTORS) if has_any else torch.zeros(0, model.model_config.quest.task_size)
+        _set_vectors(model, task_embeddings)
+        weights = weights.without([_VECTORS])
+    weights.check(targets, may_lack=("value_head.",))
+    for name, tensor in weights.read_rows(dict.fromkeys(weights, slice(None))):
+        targets[name].copy_(tensor)
     return model.eval()
 
 
@@ -156,28 +158,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / "model.safetensors"
-    if path.exists():
-        return {name.removeprefix("module."): tensor for name, tensor in load_file(path).items()}
-    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-    if not pickles:
-        raise FileNotFoundError(f"{path} does not exist.")
-    raise ValueError(
-        f"{folder / pickles[0]} is a pickle, and reading one runs whatever code it holds. Where you trust it, convert "
-        f"it once: tensors = torch.load({pickles[0]!r}, map_location='cpu', weights_only=True)['model']; "
-        "safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, 'model.safetensors')."
-    )
+def _find_weights(folder: Path) -> WeightFiles:
+    """List the checkpoint's tensors by our names, whatever the one file is called."""
+    named = [path for path in (folder / SINGLE, folder / INDEX) if path.exists()]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) > 1 and not named:
+        listed = ", ".join(path.name for path in files)
+        raise ValueError(f"{folder} holds {listed}, and no {SINGLE}; rename the one to read to that.")
+    weights = WeightFiles.of_file(files[0]) if files and not named else WeightFiles.of_folder(folder)
+    return weights.renamed({name: name.removeprefix("module.") for name in weights})
 
 
-def _load(model: QueST, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copy the checkpoint into the model: all names must agree, but for the value head.
-
-    Raises:
-        ValueError: If they don't, or a shape differs.
-    """
-    heads = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("value_head.")}
-    try:
-        model.load_state_dict({**tensors, **heads}, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{folder / 'model.safetensors'} is not what its config.json describes: {error}") from error
+def _set_vectors(model: QueST, vectors: Tensor) -> None:
+    if vectors.shape != model.task_embeddings.shape:
+        raise ValueError(
+            f"task_embeddings has shape {tuple(vectors.shape)}; {len(model.metadata['instructions'])} instructions "
+            f"need {tuple(model.task_embeddings.shape)}. Give both, in one order."
+        )
+    model.task_embeddings.copy_(vectors)
