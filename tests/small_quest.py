@@ -40,6 +40,30 @@ def quest_config(*, chunk_length=3, action_dim=3, value_hidden_sizes=(8,), **cha
     )
 
 
+def official_size():
+    """The sizes of the published policy for LIBERO-90."""
+    return ModelConfig(
+        architecture="quest",
+        image_size=128,
+        action_dim=7,
+        chunk_length=8,
+        proprio_dim=12,
+        quest=QuestConfig(
+            cameras=("agentview_rgb", "eye_in_hand_rgb"),
+            lowdim=(("joint_states", 7), ("ee_pos", 3), ("gripper_states", 2)),
+            task_size=512,
+            image_embed_dim=256,
+            lowdim_embed_dim=128,
+            block_length=32,
+            autoencoder_dim=256,
+            decoder_layers=4,
+            prior_dim=384,
+            prior_layers=6,
+            prior_heads=6,
+        ),
+    )
+
+
 def small_quest(seed=0, instructions=INSTRUCTIONS, **changes):
     """A model whose logits and values depend on all it sees, by much more than rounding."""
     model = new_policy(quest_config(**changes), instructions, seed)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from tests.small_openvla import INSTRUCTIONS
-from tests.small_quest import quest_config, quest_observations, random_codes, small_quest
-from vlarl_ray.config import ModelConfig, QuestConfig
+from tests.small_quest import official_size, quest_config, quest_observations, random_codes, small_quest
 from vlarl_ray.models import Policy, load_policy, new_policy
 from vlarl_ray.models.quest import QueST
 from vlarl_ray.quest_checks import quest_problems
@@ -126,30 +125,6 @@ def test_tasks_can_be_learned_rows_instead():
         assert torch.equal(model.context(inputs)[:, 0], model.task_encoder.weight)
     with pytest.raises(ValueError, match="task_size = 2, but there are 3 instructions"):
         small_quest(task_encoding="embedding", task_size=2)
-
-
-def official_size():
-    """LIBERO-90, as published."""
-    return ModelConfig(
-        architecture="quest",
-        image_size=128,
-        action_dim=7,
-        chunk_length=8,
-        proprio_dim=12,
-        quest=QuestConfig(
-            cameras=("agentview_rgb", "eye_in_hand_rgb"),
-            lowdim=(("joint_states", 7), ("ee_pos", 3), ("gripper_states", 2)),
-            task_size=512,
-            image_embed_dim=256,
-            lowdim_embed_dim=128,
-            block_length=32,
-            autoencoder_dim=256,
-            decoder_layers=4,
-            prior_dim=384,
-            prior_layers=6,
-            prior_heads=6,
-        ),
-    )
 
 
 def test_the_class_reaches_the_published_size():

@@ -40,6 +40,8 @@ from vlarl_ray.models.quest_prior import SelfAttention, SkillPrior
 from vlarl_ray.models.tokenizer import PromptTokenizer
 from vlarl_ray.quest_checks import quest_problems
 
+_NUM_CONTEXT = 2
+"""Context tokens of the prior: task and observation."""
 _MAX_LISTED = 12
 """Instructions named in an error."""
 
@@ -163,6 +165,12 @@ class QueST(ChunkPolicyModel):
         with torch.no_grad():
             logits, codes = self.policy_prior.sample(self.context(inputs), choose)
             return codes, TokenDistribution(logits, 0).log_prob(codes, temperature=temperature)
+
+    def key_value_bytes(self, rows: int) -> int:
+        """Keys and values of the prior's layers, at its context, its start and all codes but the last."""
+        quest, head = self.model_config.quest, self.output_layer
+        positions = _NUM_CONTEXT + self.num_action_tokens
+        return rows * positions * 2 * quest.prior_layers * quest.prior_dim * head.weight.element_size()
 
     def draw_noise(self, keys: UInt64[np.ndarray, "B 2"]) -> Float[Tensor, "B L *N"]:
         """Draw the Gumbel noise of one skill per key."""
