@@ -78,7 +78,7 @@ def poisoned_update(**ranks) -> str:
 
 
 def load_folder(*, folder: str, train: str, **ranks) -> dict:
-    """Build a rank from a policy folder, as a run does; its parameters, and what it says of a fixed observation."""
+    """Build a rank from a policy folder, as a run does; what it holds, and what it says of a fixed observation."""
     cfg = toy_config(Path(folder))
     cfg = replace(cfg, learner=replace(cfg.learner, train=train))
     learner = build_learner(cfg, folder, **ranks)
@@ -91,10 +91,15 @@ def load_folder(*, folder: str, train: str, **ranks) -> dict:
         temperature=1.0,
         policy_version=0,
     )
-    model = learner.model.model_config
-    token = model.text_vocab_size + 7 if model.action_head == "tokens" else np.float32(0.3)
-    samples = np.full((2, model.chunk_length * model.action_dim), token)
-    result = {"parameters": arrays.get("parameters", {}), "logprobs": learner.logprobs(request, samples)}
+    model = learner.model
+    num_tokens, ids = model.sample_space(model.model_config)
+    samples = np.full((2, num_tokens), np.float32(0.3) if ids is None else ids[7])
+    frozen = [(n, p) for n, p in model.named_parameters() if n.startswith(model.frozen_modules)]
+    result = {
+        "parameters": arrays.get("parameters", {}),
+        "whole": {name: tensor.numpy(force=True) for name, tensor in [*frozen, *model.named_buffers()]},
+        "logprobs": learner.logprobs(request, samples),
+    }
     learner.shutdown()
     return result
 
