@@ -104,7 +104,24 @@ def load_folder(*, folder: str, train: str, **ranks) -> dict:
     return result
 
 
-SCENARIOS = {"three_updates": three_updates, "poisoned_update": poisoned_update, "load_folder": load_folder}
+def update_folder(*, folder: str, train: str, batch: TrainBatch, **ranks) -> dict:
+    """Build a rank from a policy folder and let it learn from a batch whose ratios are of tokens; its parameters."""
+    cfg = toy_config(Path(folder))
+    algorithm = replace(cfg.algorithm, ratio_level="token", critic_warmup_updates=0)
+    cfg = replace(cfg, learner=replace(cfg.learner, train=train), algorithm=algorithm)
+    learner = build_learner(cfg, folder, **ranks)
+    metrics = learner.update(batch)
+    arrays, _ = learner.state_dict()
+    learner.shutdown()
+    return {"parameters": arrays.get("parameters", {}), "metrics": metrics}
+
+
+SCENARIOS = {
+    "three_updates": three_updates,
+    "poisoned_update": poisoned_update,
+    "load_folder": load_folder,
+    "update_folder": update_folder,
+}
 
 
 def run_ranks(world_size: int, jobs: list[tuple[str, dict]]) -> list[list]:

@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.counting_env import CountingEnv
+from tests.learner_runs import run_ranks
 from tests.small_openvla import INSTRUCTIONS
 from tests.small_quest import quest_observations, random_codes, small_quest
 from tests.tiny_model import algorithm_config, as_groups, learner_config, make_task
@@ -111,6 +113,20 @@ def test_an_update_changes_prior_and_value_head_alone(train):
     assert (bool(update.adapters), any(name.startswith("policy_prior.") for name in update.tensors)) == kinds
 
 
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_two_ranks_learn_what_one_does(folder, train):
+    jobs = [("update_folder", {"folder": str(folder), "train": train, "batch": batch_of(trajectories(small_quest()))})]
+    [alone], [two, _] = run_ranks(1, jobs)[0], [result[0] for result in run_ranks(2, jobs)]
+    start = dict(small_quest().named_parameters())
+    moved = [np.abs(value - start[n].numpy(force=True)).max() for n, value in two["parameters"].items() if n in start]
+    assert max(moved) > 1e-5
+    assert alone["parameters"].keys() == two["parameters"].keys()
+    assert all(name.startswith(TRAINED) for name in two["parameters"])
+    for name, value in alone["parameters"].items():
+        np.testing.assert_allclose(two["parameters"][name], value, atol=1e-6, err_msg=name)
+    assert two["metrics"]["learn/grad_norm_actor"] == pytest.approx(alone["metrics"]["learn/grad_norm_actor"], rel=1e-4)
+
+
 @pytest.mark.parametrize("target", ["all-linear", r".*(linear1|projection|action_proj|project_in)"])
 def test_frozen_modules_get_no_adapters_whatever_is_asked_for(target):
     model = small_quest()
@@ -184,6 +200,12 @@ def test_the_engine_serves_what_the_learner_publishes_and_it_can_be_saved(folder
     assert np.abs(served - before).max() > 1e-3
     np.testing.assert_allclose(served, learner.logprobs(asked, codes), atol=1e-4)
     np.testing.assert_allclose(engine_of(save_trained_policy(folder, update, tmp_path)).logprobs(asked, codes), served)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
+    assert before.keys() == after.keys() == small_quest().state_dict().keys()  # buffers among them
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert changed <= update.adapters.keys() | update.tensors.keys()
+    assert {name: tensor.dtype for name, tensor in before.items()} == {n: t.dtype for n, t in after.items()}
 
 
 def test_replies_say_that_their_tokens_are_of_the_chunk(folder):
