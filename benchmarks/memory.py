@@ -22,7 +22,7 @@ from vlarl_ray.inference.torch_server import TorchEngine
 from vlarl_ray.learner.build import build_learner
 from vlarl_ray.live_bytes import LiveBytes
 from vlarl_ray.memory_plan import plan_memory
-from vlarl_ray.models import new_policy
+from vlarl_ray.models import VLAModel, new_policy
 from vlarl_ray.types import ActRequest, TrainBatch
 
 PRESETS = ("jobs/smoke.yaml", "jobs/laptop.yaml", "jobs/toy.yaml")
@@ -64,7 +64,7 @@ def measure_learner(cfg: ExperimentConfig, folder: str, proprio_dim: int) -> dic
     versions = (cfg.algorithm.critic_warmup_updates, cfg.algorithm.critic_warmup_updates + 1)
     with LiveBytes(known=[*model.parameters(), *model.buffers()]) as live:
         for version in versions:
-            learner.update(make_batch(cfg, proprio_dim, version))
+            learner.update(make_batch(cfg, model, proprio_dim, version))
     moments = sum(t.nbytes for optimizer in learner.optimizers() for t in optimizer.moment_shards().values())
     gradients = sum(p.nbytes for p in trained)
     return {
@@ -82,7 +82,7 @@ def measure_server(cfg: ExperimentConfig, folder: str, proprio_dim: int) -> dict
     engine.version = 0
     rows, side = cfg.inference.batch_size, cfg.env.image_size
     request = ActRequest(
-        images=np.zeros((rows, 1, side, side, 3), np.uint8),
+        images=np.zeros((rows, cfg.model.num_cameras, side, side, 3), np.uint8),
         proprio=np.zeros((rows, proprio_dim), np.float32),
         instructions=(INSTRUCTION,) * rows,
         noise_keys=np.arange(2 * rows, dtype=np.uint64).reshape(rows, 2),
@@ -100,25 +100,25 @@ def measure_server(cfg: ExperimentConfig, folder: str, proprio_dim: int) -> dict
     }
 
 
-def make_batch(cfg: ExperimentConfig, proprio_dim: int, version: int) -> TrainBatch:
+def make_batch(cfg: ExperimentConfig, model: VLAModel, proprio_dim: int, version: int) -> TrainBatch:
     """Rows for two full micro-batches in each minibatch."""
-    rng, model = np.random.default_rng(version), cfg.model
+    rng, side = np.random.default_rng(version), cfg.env.image_size
     rows = 2 * cfg.learner.micro_batch_size * cfg.algorithm.num_minibatches
-    tokens, side = model.chunk_length * model.action_dim, cfg.env.image_size
+    tokens, ids = model.sample_space(cfg.model)
+    assert ids is not None, "presets act in tokens"
 
     def numbers(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
 
-    first = model.text_vocab_size
     return TrainBatch(
-        frames=(rng.integers(0, 256, (rows + 1, 1, side, side, 3), dtype=np.uint8),),
+        frames=(rng.integers(0, 256, (rows + 1, cfg.model.num_cameras, side, side, 3), dtype=np.uint8),),
         instructions=(INSTRUCTION,),
         trajectory_index=np.zeros(rows, np.int32),
         decision_index=np.arange(rows, dtype=np.int32),
         proprio=numbers(rows, proprio_dim),
-        action_tokens=rng.integers(first, first + model.num_action_bins, (rows, tokens)).astype(np.int32),
+        action_tokens=rng.integers(ids.start, ids.stop, (rows, tokens)).astype(np.int32),
         token_mask=np.ones((rows, tokens), bool),
-        old_logprobs=np.full((rows, tokens), -np.log(model.num_action_bins), np.float32),
+        old_logprobs=np.full((rows, tokens), -np.log(len(ids)), np.float32),
         advantages=numbers(rows),
         returns=numbers(rows),
         old_values=numbers(rows),

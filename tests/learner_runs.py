@@ -78,7 +78,7 @@ def poisoned_update(**ranks) -> str:
 
 
 def load_folder(*, folder: str, train: str, **ranks) -> dict:
-    """Build a rank from a policy folder, as a run does; its parameters, and what it says of a fixed observation."""
+    """Build a rank from a policy folder, as a run does; what it holds, and what it says of a fixed observation."""
     cfg = toy_config(Path(folder))
     cfg = replace(cfg, learner=replace(cfg.learner, train=train))
     learner = build_learner(cfg, folder, **ranks)
@@ -91,15 +91,37 @@ def load_folder(*, folder: str, train: str, **ranks) -> dict:
         temperature=1.0,
         policy_version=0,
     )
-    model = learner.model.model_config
-    token = model.text_vocab_size + 7 if model.action_head == "tokens" else np.float32(0.3)
-    samples = np.full((2, model.chunk_length * model.action_dim), token)
-    result = {"parameters": arrays.get("parameters", {}), "logprobs": learner.logprobs(request, samples)}
+    model = learner.model
+    num_tokens, ids = model.sample_space(model.model_config)
+    samples = np.full((2, num_tokens), np.float32(0.3) if ids is None else ids[7])
+    frozen = [(n, p) for n, p in model.named_parameters() if n.startswith(model.frozen_modules)]
+    result = {
+        "parameters": arrays.get("parameters", {}),
+        "whole": {name: tensor.numpy(force=True) for name, tensor in [*frozen, *model.named_buffers()]},
+        "logprobs": learner.logprobs(request, samples),
+    }
     learner.shutdown()
     return result
 
 
-SCENARIOS = {"three_updates": three_updates, "poisoned_update": poisoned_update, "load_folder": load_folder}
+def update_folder(*, folder: str, train: str, batch: TrainBatch, **ranks) -> dict:
+    """Build a rank from a policy folder and let it learn from a batch whose ratios are of tokens; its parameters."""
+    cfg = toy_config(Path(folder))
+    algorithm = replace(cfg.algorithm, ratio_level="token", critic_warmup_updates=0)
+    cfg = replace(cfg, learner=replace(cfg.learner, train=train), algorithm=algorithm)
+    learner = build_learner(cfg, folder, **ranks)
+    metrics = learner.update(batch)
+    arrays, _ = learner.state_dict()
+    learner.shutdown()
+    return {"parameters": arrays.get("parameters", {}), "metrics": metrics}
+
+
+SCENARIOS = {
+    "three_updates": three_updates,
+    "poisoned_update": poisoned_update,
+    "load_folder": load_folder,
+    "update_folder": update_folder,
+}
 
 
 def run_ranks(world_size: int, jobs: list[tuple[str, dict]]) -> list[list]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -91,6 +92,64 @@ class OFTConfig:
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
+class QuestConfig:
+    """QueST policy (architecture `quest`): skill autoencoder, skill prior, observation encoders; a laptop size."""
+
+    cameras: tuple[str, ...] = ("image",)
+    """Names of the cameras, in the order of an observation's frames."""
+    lowdim: tuple[tuple[str, Positive], ...] = ()
+    """Names and sizes of what proprioception holds, in order; the sizes add up to `model.proprio_dim`."""
+    task_encoding: Literal["vector", "embedding"] = "vector"
+    """An instruction is a given vector (CLIP's, say) behind a linear layer, or a learned row."""
+    task_size: Positive = 64
+    """Size of the vector, or number of rows."""
+    image_embed_dim: Positive = 64
+    """Features of each camera; an even number."""
+    lowdim_embed_dim: Positive = 32
+    """Features of each entry of `lowdim`."""
+    lowdim_hidden_sizes: tuple[Positive, ...] = ()
+    """Hidden widths of those encoders (ReLU MLP); none makes them linear, as in QueST."""
+    block_length: Positive = 16
+    """Actions that a skill stands for; the first `model.chunk_length` of them are executed."""
+    conv_kernels: tuple[Positive, ...] = (5, 3, 3)
+    """Kernel sizes of the autoencoder's convolutions over time."""
+    conv_strides: tuple[Positive, ...] = (2, 2, 1)
+    """Their strides; a skill has `block_length` over their product codes."""
+    fsq_levels: tuple[Annotated[int, Field(ge=2)], ...] = (8, 5, 5, 5)
+    """Levels of each dimension of the quantiser; their product is the number of codes to choose from."""
+    autoencoder_dim: Positive = 64
+    """Width of the autoencoder; a multiple of 8 and of its numbers of heads."""
+    encoder_layers: Positive = 2
+    """Layers of its encoder."""
+    encoder_heads: Positive = 4
+    """Attention heads of its encoder."""
+    decoder_layers: Positive = 2
+    """Layers of its decoder."""
+    decoder_heads: Positive = 4
+    """Attention heads of its decoder."""
+    prior_dim: Positive = 96
+    """Width of the prior; an even number and a multiple of `prior_heads`."""
+    prior_layers: Positive = 3
+    """Layers of the prior."""
+    prior_heads: Positive = 4
+    """Attention heads of the prior."""
+    prior_vocab_size: Positive | None = None
+    """Outputs of the prior; None has one per code. Those beyond the codes are never drawn."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of autoencoder and prior while they are fine-tuned; none in RL."""
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of a skill."""
+        return self.block_length // math.prod(self.conv_strides)
+
+    @property
+    def codebook_size(self) -> int:
+        """Codes to choose from at each position."""
+        return math.prod(self.fsq_levels)
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
 class ModelConfig:
     """OpenVLA-shaped policy; the defaults are the laptop size, about a million parameters."""
 
@@ -146,6 +205,13 @@ class ModelConfig:
     """Hidden widths of the value head (ReLU MLP, fp32)."""
     oft: OFTConfig = field(default_factory=OFTConfig)
     """For openvla_oft."""
+    quest: QuestConfig = field(default_factory=QuestConfig)
+    """For quest."""
+
+    @property
+    def num_cameras(self) -> int:
+        """Frames per observation."""
+        return len(self.quest.cameras) if self.architecture == "quest" else self.oft.num_cameras
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from vlarl_ray import metaworld_tasks, registry
 from vlarl_ray.config import ExperimentConfig, OFTConfig, SamplingConfig
 from vlarl_ray.config_fields import field_docs
 from vlarl_ray.preprocessing_config import PreprocessingConfig
+from vlarl_ray.quest_checks import quest_problems
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def check_config(cfg: ExperimentConfig, environ: Mapping[str, str] = os.environ)
         _states,
         _model,
         _preprocessing,
+        check_quest,
         _learning,
         _rollout,
         _sampling,
@@ -180,6 +182,25 @@ def _model(cfg: ExperimentConfig) -> Iterator[Problem]:
         yield Problem(fields, f"model.chunk_length = {model.chunk_length}: {advice}.")
 
 
+def check_quest(cfg: ExperimentConfig) -> Iterator[Problem]:
+    """Find what a QueST policy rules out; also for one whose model config comes with the policy."""
+    if cfg.model.architecture != "quest":
+        return
+    for fields, message in quest_problems(cfg.model):
+        yield Problem(fields, message)
+    if cfg.algorithm.ratio_level == "action":
+        advice = (
+            "quest's codes are of the chunk as a whole, so an action has no ratio of its own; set token (as RIPT-VLA "
+            "does) or chunk"
+        )
+        fields = ("algorithm.ratio_level", "model.architecture")
+        yield Problem(fields, f"algorithm.ratio_level = action: {advice}.")
+    for path in ("learner.dtype", "inference.dtype"):
+        if value_at(cfg, path) != "float32":
+            advice = "quest computes in float32; its twenty million weights would gain nothing. Set it to that"
+            yield Problem((path, "model.architecture"), f"{path} = {value_at(cfg, path)}: {advice}.")
+
+
 def _preprocessing(cfg: ExperimentConfig) -> Iterator[Problem]:
     section, steps = "model.preprocessing", cfg.model.preprocessing.frame_steps
     if cfg.model.architecture == "pixel_mlp" and cfg.model.preprocessing != PreprocessingConfig():
@@ -199,7 +220,7 @@ def _preprocessing(cfg: ExperimentConfig) -> Iterator[Problem]:
 
 def _oft(cfg: ExperimentConfig) -> Iterator[Problem]:
     model, oft = cfg.model, cfg.model.oft
-    if model.architecture in ("openvla", "pixel_mlp"):
+    if model.architecture in ("openvla", "pixel_mlp", "quest"):
         for field, default in asdict(OFTConfig()).items():  # type: ignore[call-overload]
             if getattr(oft, field) != default:
                 path = f"model.oft.{field}"
@@ -319,7 +340,7 @@ def _memory(cfg: ExperimentConfig) -> Iterator[Problem]:
     frames = iterations * rollout.groups_per_update * rollout.group_size * (decisions + 1)
     if cfg.algorithm.name == "chunk_ppo":  # the buffer's frames stay in the object store
         frames += len(cfg.env.tasks) * cfg.algorithm.self_bc.capacity * (decisions + 1)
-    frames *= cfg.model.oft.num_cameras
+    frames *= cfg.model.num_cameras
     planned = frames * cfg.env.image_size**2 * 3
     sizes = ("env.image_size", "env.max_env_steps", "model.chunk_length")
     if planned > rollout.max_inflight_bytes:

@@ -316,15 +316,14 @@ def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder
     ledger = RolloutLedger(where.pool, max_attempts=cfg.rollout.max_attempts)
     if recorder is not None:
         recorder.counters = ledger.counters
-    model, architecture = cfg.model, resolve(MODELS, cfg.model.architecture, what="model.architecture")
+    architecture = resolve(MODELS, cfg.model.architecture, what="model.architecture")
+    num_tokens, token_ids = architecture.sample_space(cfg.model)
     probe = make_probe(
         [suite.instruction(task_id) for task_id in suite.task_ids],
-        image_shape=(model.oft.num_cameras, cfg.env.image_size, cfg.env.image_size, 3),
+        image_shape=(cfg.model.num_cameras, cfg.env.image_size, cfg.env.image_size, 3),
         proprio_dim=suite.proprio_dim,
-        token_ids=range(model.text_vocab_size, model.text_vocab_size + model.num_action_bins)
-        if model.action_head == "tokens"
-        else None,
-        num_tokens=model.chunk_length * model.action_dim * architecture.samples_per_number,
+        token_ids=token_ids,
+        num_tokens=num_tokens,
         seed=cfg.seed,
     )
     publisher = WeightPublisher(

@@ -83,15 +83,16 @@ def _plan_rank(cfg: ExperimentConfig, proprio_dim: int, *, is_sharded: bool) -> 
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
     heads = [p for n, p in frozen if n.startswith(HEADS)]
-    rest = [p for n, p in frozen if not n.startswith(HEADS)]
+    whole = [p for n, p in frozen if n.startswith(model.frozen_modules)]
+    rest = [p for n, p in frozen if not n.startswith((*HEADS, *model.frozen_modules))]
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    fixed = 4 * _shard_values(heads, num_ranks) + compute * _shard_values(rest, num_ranks)
+    fixed = 4 * _shard_values(heads, num_ranks) + compute * (_shard_values(rest, num_ranks) + _shard_values(whole, 1))
     yield MemoryPart(process, "frozen weights", fixed + buffers)
     yield MemoryPart(process, "trained weights", 4 * _shard_values(trainable, num_ranks))
     yield MemoryPart(process, "optimizer", 8 * _shard_values(trainable, num_ranks))
     # Gradients are summed whole until the last micro-batch of a minibatch, but in full training each pass is reduced.
-    whole = is_sharded and learner.train == "lora"
-    yield MemoryPart(process, "gradients", 4 * _shard_values(trainable, 1 if whole else num_ranks))
+    are_whole = is_sharded and learner.train == "lora"
+    yield MemoryPart(process, "gradients", 4 * _shard_values(trainable, 1 if are_whole else num_ranks))
     if is_sharded:
         yield MemoryPart(process, "gathered", _gathered_bytes(model, compute))
     yield MemoryPart(process, "activations", _activation_bytes(cfg, model, proprio_dim))
@@ -135,10 +136,11 @@ def _activation_bytes(cfg: ExperimentConfig, model: ChunkPolicyModel, proprio_di
 
 
 def _gathered_bytes(model: ChunkPolicyModel, compute_bytes: int) -> int:
-    """What FSDP holds whole at once: all that is in no unit, and two units, one computing and one being fetched."""
+    """What FSDP gathers at once: all that is in no unit, and two units, one computing and one being fetched."""
     units = list(model.fsdp_units())
     of_units = {id(p) for unit in units for p in unit.parameters()}
-    root = sum(p.numel() for p in model.parameters() if id(p) not in of_units)
+    sharded = [p for name, p in model.named_parameters() if not name.startswith(model.frozen_modules)]
+    root = sum(p.numel() for p in sharded if id(p) not in of_units)
     largest = sorted((sum(p.numel() for p in unit.parameters()) for unit in units), reverse=True)[:2]
     return compute_bytes * (root + sum(largest))
 
@@ -151,7 +153,7 @@ def _learner_model(cfg: ExperimentConfig) -> ChunkPolicyModel:
         attach_lora(model, cfg.learner.lora, seed=0, critic=cfg.learner.critic, detach_value=cfg.learner.detach_value)
     has_critic = "values" in resolve(ALGORITHMS, cfg.algorithm.name, what="algorithm.name").needs
     for name, parameter in model.named_parameters():
-        is_unused = name.startswith("value_head.") and not has_critic
+        is_unused = name.startswith(model.frozen_modules) or (name.startswith("value_head.") and not has_critic)
         if is_unused or (name.startswith("scale_head.") and not cfg.learner.train_scale_head):
             parameter.requires_grad_(False)
     if cfg.learner.dtype == "bfloat16":
@@ -170,7 +172,7 @@ def _inputs(cfg: ExperimentConfig, model: ChunkPolicyModel, rows: int, proprio_d
     side = cfg.env.image_size
     with torch.device("meta"):
         return PolicyInputs(
-            torch.empty(rows, 1, side, side, 3, dtype=torch.uint8),
+            torch.empty(rows, model.model_config.num_cameras, side, side, 3, dtype=torch.uint8),
             torch.empty(rows, model.model_config.max_prompt_tokens, dtype=torch.int64),
             torch.empty(rows, dtype=torch.int64),
             torch.empty(rows, proprio_dim),

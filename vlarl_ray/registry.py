@@ -21,6 +21,7 @@ MODELS: Mapping[str, str] = {
     "openvla": "vlarl_ray.models.openvla:OpenVLA",
     "openvla_oft": "vlarl_ray.models.openvla_oft:OpenVLAOFT",
     "pixel_mlp": "vlarl_ray.models.pixel_mlp:PixelMLP",
+    "quest": "vlarl_ray.models.quest:QueST",
 }
 ENGINES: Mapping[str, str] = {
     "torch": "vlarl_ray.inference.torch_server:TorchEngine",

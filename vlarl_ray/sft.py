@@ -2,6 +2,8 @@
 
 Data flow: demonstrations -> one row per env step (frame, prompt, the chunk that starts there) -> shuffled batches ->
 shifted and re-coloured frames -> `model.forward` -> masked cross-entropy -> AdamW.
+
+A model whose tokens are codes of an autoencoder learns that one first, by reconstruction, and then the codes it gives.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlarl_ray.config import SFTConfig
 from vlarl_ray.demos.store import chunks
 from vlarl_ray.models.base import PolicyInputs, VLAModel
 from vlarl_ray.models.distributions import ActionDistribution, Samples
+from vlarl_ray.types import spread_mask
 
 _LOG_EVERY_STEPS = 100
 _WARM_UP_FRACTION = 0.1
@@ -54,6 +57,22 @@ class Demonstration(Protocol):
         ...
 
 
+@runtime_checkable
+class HasAutoencoder(Protocol):
+    """A model (QueST) whose tokens are codes of blocks of actions, which have to be learned before the tokens are."""
+
+    autoencoder: nn.Module
+
+    @property
+    def block_length(self) -> int:
+        """Actions of a block."""
+        ...
+
+    def reconstruction_loss(self, actions: Float[Tensor, "B T D"]) -> Float[Tensor, ""]:
+        """Error of blocks of actions after the autoencoder."""
+        ...
+
+
 @dataclass(frozen=True)
 class ChunkDataset:
     """One row per env step of all demonstrations: what is seen there and the chunk of actions that starts there."""
@@ -73,19 +92,13 @@ class ChunkDataset:
         Raises:
             ValueError: If there are none, or their actions don't have the model's dimensions.
         """
-        if not demonstrations:
-            raise ValueError("there are no demonstrations to fine-tune on; collect some, or check demos.path.")
+        _check_demonstrations(model, demonstrations)
         tokens, masks = [], []
-        per_step = model.num_action_tokens // model.chunk_length
         for demonstration in demonstrations:
-            if demonstration.actions.shape[1] != model.action_dim:
-                raise ValueError(
-                    f"a demonstration has {demonstration.actions.shape[1]} action dimensions, but model.action_dim = "
-                    f"{model.action_dim}; set it to that of the suite."
-                )
-            actions, executed = chunks(demonstration.actions, model.chunk_length)
+            actions, executed = chunks(demonstration.actions, model.block_length)
             tokens.append(model.encode_actions(torch.from_numpy(actions)))
-            masks.append(torch.from_numpy(executed).repeat_interleave(per_step, dim=1))
+            mask = spread_mask(executed, model.num_action_tokens, of_chunk=model.tokens_of_chunk)
+            masks.append(torch.from_numpy(mask))
         ids, lengths = model.encode_prompts([demonstration.instruction for demonstration in demonstrations])
         owner = torch.repeat_interleave(torch.tensor([len(demonstration.actions) for demonstration in demonstrations]))
         frames = np.concatenate(
@@ -146,28 +159,35 @@ def run_sft(
 ) -> dict[str, float]:
     """Fine-tune everything but the value head, in place, on the negative log-likelihood of the demonstrated actions.
 
+    A model with an autoencoder has that fitted first (`fit_autoencoder`), in as many steps, and frozen then.
+
     Args:
-        model: Model to train.
+        model: Model to train; it is left in evaluation mode.
         demonstrations: Each contributes a row per env step.
         cfg: Steps, batch, augmentation. With `max_seconds` training goes on past `num_steps` until then.
         chunk_length: K, which must be the model's.
-        seed: Of batches and augmentation.
+        seed: Of batches, augmentation and dropout.
         log: Is given a line of progress now and then.
 
     Returns:
-        `sft/loss` and `sft/mode_error` (means over the last steps), `sft/steps`, `sft/steps_per_s`, `sft/seconds`.
+        `sft/loss` and `sft/mode_error` (means over the last steps), `sft/steps`, `sft/steps_per_s`, `sft/seconds`; of
+        an autoencoder also `sft/reconstruction_error`.
 
     Raises:
         ValueError: If there are no demonstrations, or they don't fit the model.
     """
     if chunk_length != model.chunk_length:
         raise ValueError(f"chunk_length = {chunk_length}, but the model has {model.chunk_length}; they must be equal.")
+    left_out, fitted = ("value_head.",), {}
+    if isinstance(model, HasAutoencoder):
+        left_out = ("value_head.", "autoencoder.")
+        fitted = fit_autoencoder(model, demonstrations, cfg, seed=seed, log=log)
     data = ChunkDataset.build(model, demonstrations)
     generator = torch.Generator().manual_seed(seed)
-    parameters = [parameter for name, parameter in model.named_parameters() if not name.startswith("value_head.")]
+    parameters = [parameter for name, parameter in model.named_parameters() if not name.startswith(left_out)]
     optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=True)
     start, step, window = time.monotonic(), 0, _Window()
-    with _threads(cfg.num_threads):
+    with _threads(cfg.num_threads), _training(model, seed):
         for rows in _batches(len(data), cfg.batch_size, generator):
             past_time = cfg.max_seconds is None or time.monotonic() - start >= cfg.max_seconds
             if step >= cfg.num_steps and past_time:
@@ -183,7 +203,56 @@ def run_sft(
                 log(f"fine-tuning step {step}/{cfg.num_steps}: {window.describe()}, {time.monotonic() - start:.0f} s")
     seconds = time.monotonic() - start
     rate = step / seconds if step else 0.0
-    return {**window.means(), "sft/steps": float(step), "sft/steps_per_s": rate, "sft/seconds": seconds}
+    return {**fitted, **window.means(), "sft/steps": float(step), "sft/steps_per_s": rate, "sft/seconds": seconds}
+
+
+def fit_autoencoder(
+    model: VLAModel,
+    demonstrations: Sequence[Demonstration],
+    cfg: SFTConfig,
+    *,
+    seed: int,
+    log: Callable[[str], object] | None = None,
+) -> dict[str, float]:
+    """Train a model's autoencoder, in place, to reconstruct the blocks of actions that start at every env step.
+
+    Past the end of a demonstration its last action is repeated. Nothing else of the model is touched.
+
+    Args:
+        model: Model to train; it is left in evaluation mode.
+        demonstrations: Their actions are used.
+        cfg: `num_steps`, batch, learning rate.
+        seed: Of batches and dropout.
+        log: Is given a line of progress now and then.
+
+    Returns:
+        `sft/reconstruction_error`: mean absolute error over the last steps, normalised action units.
+
+    Raises:
+        ValueError: If there are no demonstrations, or they or the model don't fit.
+    """
+    if not isinstance(model, HasAutoencoder):
+        raise ValueError(f"a {type(model).__name__} has no autoencoder to fit; this is for architecture quest.")
+    _check_demonstrations(model, demonstrations)
+    cut = [chunks(demonstration.actions, model.block_length)[0] for demonstration in demonstrations]
+    blocks = torch.from_numpy(np.concatenate(cut))
+    parameters = list(model.autoencoder.parameters())
+    optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=True)
+    rows = _batches(len(blocks), cfg.batch_size, torch.Generator().manual_seed(seed))
+    errors: list[float] = []
+    with _threads(cfg.num_threads), _training(model, seed):
+        for step in range(cfg.num_steps):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
+            loss = model.reconstruction_loss(blocks[next(rows)])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            errors.append(float(loss.detach()))
+            if log is not None and ((step + 1) % _LOG_EVERY_STEPS == 0 or step + 1 == cfg.num_steps):
+                recent = np.mean(errors[-_LOG_EVERY_STEPS:])
+                log(f"autoencoder step {step + 1}/{cfg.num_steps}: reconstruction error {recent:.4f}")
+    return {"sft/reconstruction_error": float(np.mean(errors[-_LOG_EVERY_STEPS:]))} if errors else {}
 
 
 def augment(
@@ -235,6 +304,17 @@ def _train_step(
         return float(loss), float(_masked_mean(actions.mode_error(tokens), mask))
 
 
+def _check_demonstrations(model: VLAModel, demonstrations: Sequence[Demonstration]) -> None:
+    if not demonstrations:
+        raise ValueError("there are no demonstrations to fine-tune on; collect some, or check demos.path.")
+    for demonstration in demonstrations:
+        if demonstration.actions.shape[1] != model.action_dim:
+            raise ValueError(
+                f"a demonstration has {demonstration.actions.shape[1]} action dimensions, but model.action_dim = "
+                f"{model.action_dim}; set it to that of the suite."
+            )
+
+
 def _batches(num_rows: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield row indices without end; each pass over the rows has an order of its own."""
     pending = torch.empty(0, dtype=torch.int64)
@@ -243,6 +323,18 @@ def _batches(num_rows: int, batch_size: int, generator: torch.Generator) -> Iter
             pending = torch.cat([pending, torch.randperm(num_rows, generator=generator)])
         yield pending[:batch_size]
         pending = pending[batch_size:]
+
+
+@contextmanager
+def _training(model: nn.Module, seed: int) -> Iterator[None]:
+    """Training mode, with dropout drawn from `seed`; then evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model.train()
+        try:
+            yield
+        finally:
+            model.eval()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Typed values that cross component and process borders: numpy only, frozen, shapes in every docstring.
 
 Letters: S decisions of an episode, K env steps per action chunk, D action dimensions, L action tokens
-per decision (K*D), V cameras, P proprioception dimensions, B rows of a batch, T env steps of an episode.
+per decision (K*D, or the codes of a skill), V cameras, P proprioception dimensions, B rows of a batch,
+T env steps of an episode.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class ActionChunk:
     """In env units."""
     tokens: Int32[np.ndarray, " L"] | Float32[np.ndarray, " L"]
     """What was drawn, step-major (K*D): vocabulary ids of action tokens or, of a policy with a continuous head, numbers
-    in normalised action units before any clipping."""
+    in normalised action units before any clipping. Of a policy that chooses skills, the codes of one."""
     logprobs: Float32[np.ndarray, " L"]
     """Of the drawn tokens or numbers, under the distribution they were drawn from."""
     policy_version: int = -1
@@ -133,6 +134,8 @@ class ActReply:
     policy_version: int
     inference_cpu_s: float = 0.0
     """CPU seconds of the forward passes that produced this reply (its share of the batch)."""
+    tokens_of_chunk: bool = False
+    """Whether tokens say what the chunk is as a whole; else each belongs to one of its env steps."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,8 @@ class Trajectory:
     """1-based index of the first successful env step."""
     worker: int = -1
     timing: EpisodeTiming = field(default_factory=EpisodeTiming)
+    tokens_of_chunk: bool = False
+    """See `ActReply.tokens_of_chunk`."""
 
     @property
     def num_decisions(self) -> int:
@@ -194,9 +199,8 @@ class Trajectory:
         return np.arange(self.rewards.shape[1])[None, :] < self.num_env_steps[:, None]
 
     def token_mask(self) -> Bool[np.ndarray, "S L"]:
-        """True for action tokens whose env step was executed."""
-        per_step = self.tokens.shape[1] // self.rewards.shape[1]
-        return np.repeat(self.executed_mask(), per_step, axis=1)
+        """True for action tokens whose env step was executed; or any env step, where they are of the chunk."""
+        return spread_mask(self.executed_mask(), self.tokens.shape[1], of_chunk=self.tokens_of_chunk)
 
 
 @dataclass(frozen=True)
@@ -301,7 +305,7 @@ class TrainBatch:
     action_tokens: Int32[np.ndarray, "B L"] | Float32[np.ndarray, "B L"]
     """See `ActionChunk.tokens`."""
     token_mask: Bool[np.ndarray, "B L"]
-    """False for tokens of env steps that were never executed."""
+    """False for tokens of env steps that were never executed (see `Trajectory.token_mask`)."""
     old_logprobs: Float32[np.ndarray, "B L"]
     """Reference of the ratio, frozen for the whole update."""
     advantages: Float32[np.ndarray, " B"]
@@ -312,7 +316,7 @@ class TrainBatch:
     """Of the policy loss: length normalisation (1 under `token_mean`) times truncated importance weights, where the
     learner's log-probabilities are the reference."""
     num_actions_per_decision: int
-    """K, to split L tokens into K actions."""
+    """K, to split L tokens into K actions where each belongs to one."""
     temperature: float
     policy_version: int
     """Version of the weights that are about to be updated."""
@@ -327,6 +331,35 @@ class TrainBatch:
 
     def __len__(self) -> int:
         return len(self.trajectory_index)
+
+
+def spread_mask(
+    executed: Bool[np.ndarray, "S K"], num_tokens: int, *, of_chunk: bool = False
+) -> Bool[np.ndarray, "S L"]:
+    """Say which tokens count, from which env steps were executed.
+
+    Args:
+        executed: Of each chunk.
+        num_tokens: L of a chunk; a multiple of K unless `of_chunk`.
+        of_chunk: Whether tokens are of the chunk as a whole: then all of them count once it was begun.
+
+    Raises:
+        ValueError: If tokens cannot be shared out among env steps.
+
+    Example:
+        >>> spread_mask(np.array([[True, False]]), 4).tolist()
+        [[True, True, False, False]]
+        >>> spread_mask(np.array([[True, False]]), 3, of_chunk=True).tolist()
+        [[True, True, True]]
+    """
+    if of_chunk:
+        return np.repeat(executed.any(axis=1, keepdims=True), num_tokens, axis=1)
+    if num_tokens % executed.shape[1]:
+        raise ValueError(
+            f"{num_tokens} tokens cannot be shared out among {executed.shape[1]} env steps; if they are of the chunk "
+            "as a whole, set tokens_of_chunk."
+        )
+    return np.repeat(executed, num_tokens // executed.shape[1], axis=1)
 
 
 def concatenate_rows(arrays: Sequence[np.ndarray]) -> np.ndarray:

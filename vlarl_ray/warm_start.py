@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlarl_ray.config import EnvConfig, ExperimentConfig, ModelConfig
+from vlarl_ray.config_checks import check_quest
 from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.demos.collect import collect_demonstrations
 from vlarl_ray.demos.store import Demonstration, chunks, load_demonstrations
@@ -133,6 +134,7 @@ def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
             for name in ours
             if ours[name] != theirs[name]
         ]
+    problems += [problem.message for problem in check_quest(replace(cfg, model=model))]
     if problems:
         raise ConfigError(problems)
     return model

@@ -8,8 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.e2e.toy_run import episodes, evaluations, numbers, summary, toy_config, with_lag
+from tests.small_quest import quest_config
 from vlarl_ray.checkpoint import load_latest
 from vlarl_ray.config import OFTConfig, SamplingConfig, SelfBCConfig
 from vlarl_ray.config_loader import ConfigError
@@ -202,6 +205,31 @@ def test_one_trainer_runs_every_kind_of_policy_unchanged_f27(tmp_path, policy, a
         assert row["canary/max_abs_logprob_diff"] <= 1e-4
     assert max(row["learn/grad_norm_actor"] for row in numbers(tmp_path)) > 0
     assert numbers(tmp_path)[-1]["version"] == 2
+
+
+@pytest.mark.parametrize(("algorithm", "level", "train"), [("ppo", "token", "full"), ("chunk_ppo", "chunk", "lora")])
+def test_skills_are_trained_by_the_same_trainer(tmp_path, algorithm, level, train):
+    """From nothing: autoencoder, prior, RL of the prior; codes that are no multiple of the env steps of a chunk."""
+    cfg = toy_config(tmp_path, num_iterations=2)
+    # So short a warm start seldom succeeds: the entropy bonus sees to it that there is a gradient.
+    loss = {"ratio_level": level, "critic_warmup_updates": 0, "entropy_coef": 0.01}
+    cfg = replace(
+        cfg,
+        sft=replace(cfg.sft, num_steps=30),
+        model=quest_config(action_dim=2, lowdim=(("position", 2),)),
+        algorithm=replace(cfg.algorithm, name=algorithm, **loss),
+        learner=replace(cfg.learner, train=train),
+    )
+    assert run_training(cfg, inline=True, resume=False) == 0
+    for row in numbers(tmp_path):
+        assert row["learn/sampler_ratio_max_error"] <= 1e-4
+        assert row["canary/max_abs_logprob_diff"] <= 1e-4
+    assert max(row["learn/grad_norm_actor"] for row in numbers(tmp_path)) > 0
+    assert numbers(tmp_path)[-1]["version"] == 2
+    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("policy", "policy_final"))
+    changed = {name.partition(".")[0] for name in start if not torch.equal(start[name], end[name])}
+    assert "policy_prior" in changed
+    assert changed <= {"policy_prior", "value_head"}
 
 
 def test_at_lag_1_each_rollout_after_the_first_is_one_update_old_f45(finished_run, tmp_path):

@@ -53,6 +53,7 @@ def test_text_fields_take_the_word_as_it_stands_and_null_as_nothing():
     assert (cfg.name, cfg.metrics.wandb_project) == ("007", None)
 
 
+QUEST = ["--model.architecture", "quest", "--algorithm.ratio_level", "token"]
 BROKEN = {
     # types and ranges
     "text for a number": (["--seed", "abc"], "seed = 'abc': must be an integer >= 0"),
@@ -266,11 +267,43 @@ BROKEN = {
         ["--learner.train", "full", "--learner.critic", "separate"],
         "learner.critic = separate with learner.train",
     ),
+    "quest's ratio": (
+        ["--model.architecture", "quest"],
+        "algorithm.ratio_level = action: quest's codes are of the chunk as a whole",
+    ),
+    "quest's sizes": (
+        [*QUEST, "--model.quest.prior_dim", "50"],
+        "model.quest.prior_dim = 50: must be a multiple of model.quest.prior_heads = 4; set 48",
+    ),
+    "quest's proprioception": (
+        [*QUEST, "--model.quest.lowdim", "[[gripper, 1], [position, 3]]"],
+        "model.proprio_dim = 0: must be 4, the sum of the sizes in model.quest.lowdim",
+    ),
+    "quest's frames": (
+        [*QUEST, "--model.preprocessing.frame_steps", "[jpeg]"],
+        "model.preprocessing is not for quest, which resizes frames in its own way",
+    ),
+    "quest's cameras": (
+        [*QUEST, "--model.oft.num_cameras", "2"],
+        "model.oft.num_cameras = 2: is for openvla_oft, not quest",
+    ),
+    "quest's lists": (
+        [*QUEST, "--model.quest.lowdim", "[gripper]"],
+        "model.quest.lowdim[0] = 'gripper': must be a list, each a list [text, an integer >= 1]",
+    ),
     # this machine
     "remote run folder": (["--run-dir", "s3://bucket/run"], "run_dir = 's3://bucket/run': is a URI"),
     "policy folder": (["--policy", "/nonexistent/policy"], "policy = '/nonexistent/policy': no such folder"),
     "demonstrations": (["--demos.path", "/nonexistent/demos"], "demos.path = '/nonexistent/demos': no such folder"),
 }
+
+
+def test_quest_computes_in_float32():
+    messages = problems(*QUEST, "--learner.dtype", "bfloat16", "--inference.dtype", "bfloat16")
+    assert [message.partition(":")[0] for message in messages] == [
+        "learner.dtype = bfloat16",
+        "inference.dtype = bfloat16",
+    ]
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from tests.e2e.toy_run import toy_config
 from tests.learner_runs import run_ranks
-from vlarl_ray.config import OFTConfig
+from tests.small_quest import QUEST
+from vlarl_ray.config import OFTConfig, QuestConfig
 from vlarl_ray.models import new_policy
 from vlarl_ray.models.lora import adapter_tensors, attach_lora
 from vlarl_ray.models.policy import load_model
@@ -24,14 +25,17 @@ INSTRUCTIONS = ("reach the cross",)
     params=[
         {},
         {"architecture": "openvla_oft", "action_head": "laplace", "proprio_dim": 2, "oft": OFTConfig(passes="two")},
+        {"architecture": "quest", "proprio_dim": 2, "quest": QuestConfig(**{**QUEST, "lowdim": (("position", 2),)})},
     ],
-    ids=["openvla", "openvla_oft"],
+    ids=["openvla", "openvla_oft", "quest"],
 )
 def folder(request, tmp_path_factory):
     """A policy in several files, most of whose dimensions no number of ranks divides."""
     path = tmp_path_factory.mktemp("policy")
     config = replace(toy_config(path).model, value_hidden_sizes=(7,), **request.param)
     model = new_policy(config, INSTRUCTIONS, 0)
+    for buffer in model.buffers():
+        buffer.add_(1)  # so that buffers which were computed rather than read are noticed
     model.save(path)
     tensors = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()
@@ -43,13 +47,18 @@ def folder(request, tmp_path_factory):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_shards_are_the_folders_tensors(folder, world_size):
     jobs = [("load_folder", {"folder": str(folder), "train": train}) for train in ("full", "lora")]
-    full, lora = run_ranks(world_size, jobs)[0]
-    expected = {name: tensor.numpy() for name, tensor in load_model(folder).state_dict().items()}
-    assert full["parameters"].keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_array_equal(full["parameters"][name], value, err_msg=name)
-
+    ranks = run_ranks(world_size, jobs)
     model = load_model(folder)
+    expected = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    for full, lora in ranks:  # what is frozen or a buffer is whole on each of them
+        held = {**ranks[0][0]["parameters"], **full["whole"]}
+        assert held.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(held[name], value, err_msg=name)
+            if name in full["whole"]:
+                np.testing.assert_array_equal(lora["whole"][name], value, err_msg=name)
+
+    full, lora = ranks[0]
     cfg = toy_config(folder)
     attach_lora(model, cfg.learner.lora, seed=cfg.seed)
     for official, (a, b) in adapter_tensors(model).items():

@@ -10,9 +10,11 @@ import torch
 
 from benchmarks.memory import compare
 from tests.golden.test_openvla_golden import openvla_7b
+from tests.small_quest import official_size, quest_config
 from vlarl_ray.config_loader import load_config
 from vlarl_ray.live_bytes import LiveBytes
 from vlarl_ray.memory_plan import plan_memory
+from vlarl_ray.models.quest import QueST
 
 GIB = 2**30
 
@@ -30,6 +32,35 @@ def test_autoregressive_decoding_keeps_keys_and_values():
     assert cached["planned"] > 0
     sampling = figures["inference server: sampling"]
     assert cached["planned"] + sampling["planned"] == pytest.approx(cached["measured"] + sampling["measured"], rel=0.15)
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_skill_policy_is_planned_for_with_its_cameras_and_frozen_modules(train):
+    small = ["--inference.batch_size", "5", "--learner.micro_batch_size", "4"]
+    cfg = load_config("jobs/toy.yaml", ["--algorithm.ratio_level", "token", *small])
+    model = quest_config(action_dim=2, cameras=("front", "wrist"), lowdim=(("position", 2),))
+    figures = compare(replace(cfg, model=model, learner=replace(cfg.learner, train=train)))
+    for name, figure in figures.items():
+        assert figure["planned"] == pytest.approx(figure["measured"], rel=0.15), name
+    # 2 layers x 2 x 16 wide x (2 context + 4 codes) positions x 4 bytes, for each of 5 rows
+    assert figures["inference server: keys and values"]["measured"] == 5 * 2 * 2 * 16 * 6 * 4
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_what_a_model_freezes_is_whole_on_every_rank_and_not_gathered(train):
+    cfg = replace(load_config(None, ["--run_dir", "none"]), model=official_size())
+    with torch.device("meta"):
+        model = QueST(cfg.model)
+    frozen = sum(p.nbytes for name, p in model.named_parameters() if name.startswith(model.frozen_modules))
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    prior, head = (sum(p.nbytes for p in m.parameters()) for m in (model.policy_prior, model.value_head))
+    cfg = replace(cfg, learner=replace(cfg.learner, num_ranks=8, train=train))
+    parts = {part.name: part.num_bytes for part in plan_memory(cfg, proprio_dim=12).parts if "rank" in part.process}
+    shared = 0 if train == "full" else prior / 8
+    assert parts["frozen weights"] == pytest.approx(frozen + buffers + shared, rel=0.01)
+    assert parts["gathered"] < prior + head
+    if train == "full":
+        assert parts["trained weights"] == pytest.approx((prior + head) / 8, rel=0.01)
 
 
 @pytest.fixture(scope="module")

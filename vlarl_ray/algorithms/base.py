@@ -15,7 +15,10 @@ from vlarl_ray.types import Scores, StoredEpisode, TrainBatch, TrajectoryGroup
 
 @dataclass(frozen=True)
 class LossRows:
-    """The rows of one micro-batch, as tensors on the learner's device. L = K*D tokens of K actions, step-major."""
+    """The rows of one micro-batch, as tensors on the learner's device.
+
+    L tokens a row: K*D, step-major, or those of the chunk as a whole.
+    """
 
     logprobs: Float[Tensor, "B L"]
     """Of the taken tokens under the current weights (differentiable)."""

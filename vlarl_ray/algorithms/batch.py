@@ -50,8 +50,14 @@ def build_batch(
         version: Of the weights that are about to be updated.
 
     Raises:
-        ValueError: If temperatures differ, or `cfg.old_logprobs` asks for scores that are not there.
+        ValueError: If temperatures differ, `cfg.old_logprobs` asks for scores that are not there, or there is no such
+            thing as the ratio of an action.
     """
+    if cfg.ratio_level == "action" and any(trajectory.tokens_of_chunk for trajectory in trajectories):
+        raise ValueError(
+            "algorithm.ratio_level = 'action': this policy's tokens are of the chunk as a whole, so an action has no "
+            "ratio of its own; set it to 'token' or 'chunk'."
+        )
     counts = [trajectory.num_decisions for trajectory in trajectories]
     token_mask = concatenate_rows([trajectory.token_mask() for trajectory in trajectories])
     rows = _float_rows(advantages)
@@ -109,8 +115,10 @@ def _length_weights(
     per_trajectory = np.add.reduceat(per_row, np.cumsum([0, *counts[:-1]]))
     if cfg.loss_normalization == "fixed_horizon":
         env_steps = np.array([trajectory.task.max_env_steps for trajectory in trajectories])
-        per_env_step = {"token": token_mask.shape[1] // num_actions, "action": 1, "chunk": 1 / num_actions}[level]
-        lengths = np.ceil(env_steps * per_env_step)
+        decisions, num_tokens = np.ceil(env_steps / num_actions), token_mask.shape[1]
+        of_chunk = trajectories[0].tokens_of_chunk
+        tokens = decisions * num_tokens if of_chunk else env_steps * (num_tokens // num_actions)
+        lengths = {"token": tokens, "action": env_steps, "chunk": decisions}[level]
     else:
         lengths = per_trajectory
     mean_length = per_trajectory.sum() / len(trajectories)

@@ -18,7 +18,7 @@ def reduce_log_ratio(
     """Sum token log-ratios to the level at which ratios are taken and clipped.
 
     Args:
-        log_ratio: `new - old` log-probability of each of L = K*D tokens, step-major.
+        log_ratio: `new - old` log-probability of each of L tokens; step-major (L = K*D) at the level `action`.
         token_mask: False for tokens of env steps that were never executed; these never enter.
         num_actions: K.
         level: `token` keeps M = L ratios, `action` sums to M = K, `chunk` to M = 1.
@@ -27,7 +27,7 @@ def reduce_log_ratio(
         Log-ratios at that level (0 where masked) and their mask.
 
     Raises:
-        ValueError: If L is no multiple of K, or the level is unknown.
+        ValueError: If the level is unknown, or is `action` and L no multiple of K.
 
     Example:
         >>> log_ratio, mask = torch.tensor([[0.1, 0.2, -0.1, 0.0]]), torch.ones(1, 4, dtype=torch.bool)
@@ -35,13 +35,13 @@ def reduce_log_ratio(
         tensor([[1.3499, 0.9048]])
     """
     rows, tokens = log_ratio.shape
-    if tokens % num_actions:
-        raise ValueError(f"{tokens} action tokens cannot be split into num_actions = {num_actions} actions.")
     # Masked tokens are replaced, not multiplied by zero: an infinite log-ratio there would poison value and gradient.
     kept = torch.where(token_mask, log_ratio, 0.0)
     if level == "token":
         return kept, token_mask
     if level == "action":
+        if tokens % num_actions:
+            raise ValueError(f"{tokens} action tokens cannot be split into num_actions = {num_actions} actions.")
         shape = (rows, num_actions, tokens // num_actions)
         return kept.reshape(shape).sum(-1), token_mask.reshape(shape).any(-1)
     if level == "chunk":

@@ -87,6 +87,7 @@ class TorchEngine:
             tokens=samples_to_numpy(tokens),
             logprobs=logprobs.float().cpu().numpy(),
             policy_version=self.version,
+            tokens_of_chunk=self.model.tokens_of_chunk,
         )
 
     @torch.inference_mode()

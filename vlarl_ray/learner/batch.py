@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlarl_ray.models.base import PolicyInputs, VLAModel
 from vlarl_ray.models.distributions import Samples, samples_to_torch
-from vlarl_ray.types import DemoRows, FrameRef, TrainBatch
+from vlarl_ray.types import DemoRows, FrameRef, TrainBatch, spread_mask
 
 Fetch = Callable[[Sequence[FrameRef]], Sequence[Any]]
 """Resolves frame references to `u8[S+1, V, H, W, 3]` arrays: `Transport.fetch`."""
@@ -173,11 +173,15 @@ class DemoReader:
         frames = stack_frames(self._frames, episodes, demos.decision_index[rows].tolist())
         ids, lengths = self._prompts.encode([demos.instructions[i] for i in episodes])
         inputs = PolicyInputs(torch.from_numpy(frames), ids, lengths, torch.from_numpy(demos.proprio[rows]))
-        per_step = self._model.num_action_tokens // self._model.chunk_length
-        mask = np.repeat(demos.action_mask[rows] & dealt.real[:, None], per_step, axis=1)
+        model, executed = self._model, demos.action_mask[rows]
+        mask = spread_mask(executed & dealt.real[:, None], model.num_action_tokens, of_chunk=model.tokens_of_chunk)
+        # Behind the end of an episode the last action is repeated, as in demonstrations: a skill is coded as a whole.
+        last = np.maximum(executed.sum(axis=1, keepdims=True) - 1, 0)
+        kept = np.minimum(np.arange(executed.shape[1]), last)
+        actions = np.take_along_axis(demos.actions[rows], kept[..., None], axis=1)
         return CloneBatch(
             inputs=inputs.to(self._device),
-            tokens=self._model.encode_actions(torch.from_numpy(demos.actions[rows])).to(self._device),
+            tokens=model.encode_actions(torch.from_numpy(actions)).to(self._device),
             mask=torch.from_numpy(mask).to(self._device),
         )
 

@@ -89,7 +89,7 @@ class Ranks:
 
 
 def shard(model: VLAModel, ranks: Ranks, *, device: torch.device, compute_dtype: torch.dtype | None) -> None:
-    """Shard each unit of the model, then the root. Heads compute in fp32 always.
+    """Shard each unit of the model, then the root, but for `frozen_modules`. Heads compute in fp32 always.
 
     Args:
         model: On its device already, or on the meta device; adapters attached.
@@ -105,7 +105,9 @@ def shard(model: VLAModel, ranks: Ranks, *, device: torch.device, compute_dtype:
     heads = [module for name, module in model.named_children() if f"{name}." in HEADS]
     for unit in model.fsdp_units():
         fully_shard(unit, mesh=mesh, mp_policy=exact if any(unit is head for head in heads) else policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # Whole on every rank: they may be used outside of the model's pass, to encode actions.
+    frozen = {p for name, p in model.named_parameters() if name.startswith(model.frozen_modules)}
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
 
 
 def reshard(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from vlarl_ray.learner.update import Minibatch, NonFiniteError, Updater
 from vlarl_ray.models.base import VLAModel
 from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.lora import CRITIC, POLICY, lora_layers, official_name
-from vlarl_ray.types import ActRequest, Scores, TrainBatch, Trajectory
+from vlarl_ray.types import ActRequest, Scores, TrainBatch, Trajectory, spread_mask
 from vlarl_ray.weights.canary import update_digests
 from vlarl_ray.weights.update import WeightUpdate
 
@@ -222,11 +222,12 @@ class Learner:
         demos = batch.demos
         if demos is None:
             return minibatches
-        per_action = self.model.num_action_tokens // self.model.chunk_length
+        model = self.model
+        counted = spread_mask(demos.action_mask, model.num_action_tokens, of_chunk=model.tokens_of_chunk).sum(axis=1)
         return [
             replace(
                 minibatch,
-                num_clone_tokens=float(max(1, demos.action_mask[rows].sum() * per_action)),
+                num_clone_tokens=float(max(1, counted[rows].sum())),
                 clone_passes=self._deal(rows),
             )
             for minibatch, rows in zip(minibatches, self._cut(len(demos), batch.policy_version), strict=True)
@@ -258,9 +259,11 @@ class Learner:
 
 
 def _split_trainable(model: VLAModel, *, has_critic: bool) -> tuple[list[str], list[str]]:
-    """Names of actor and critic parameters; without a critic its parameters are frozen."""
+    """Names of actor and critic parameters; the model's frozen modules are frozen, without a critic its parameters."""
     actor, critic = [], []
     for name, parameter in model.named_parameters():
+        if name.startswith(model.frozen_modules):
+            parameter.requires_grad_(False)
         is_critic = name.startswith("value_head.") or f".lora_A.{CRITIC}." in name or f".lora_B.{CRITIC}." in name
         if is_critic and not has_critic:
             parameter.requires_grad_(False)
@@ -319,6 +322,10 @@ def _check_supported(
         )
     if cfg.train == "full" and cfg.critic == "separate":
         raise ValueError("learner.critic = 'separate' needs learner.train = 'lora': it is a second set of adapters.")
+    if cfg.dtype not in model.dtypes:
+        raise ValueError(
+            f"learner.dtype = {cfg.dtype!r}: this model computes in {' or '.join(model.dtypes)} only; set it to that."
+        )
     if cfg.dtype == "bfloat16" and store_address is None:
         raise ValueError(
             "learner.dtype = 'bfloat16' needs a process group (it is FSDP's mixed precision); use 'float32'."

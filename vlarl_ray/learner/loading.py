@@ -14,7 +14,7 @@ def load_shards(model: nn.Module, ranks: Ranks, weights: WeightFiles, *, lora_se
     """Give every parameter and buffer of a model without values (`to_empty`) its own; no communication.
 
     Args:
-        model: Sharded by rows of dimension 0, adapters attached.
+        model: Sharded by rows of dimension 0, adapters attached; what is not sharded is read whole.
         ranks: The group.
         weights: A tensor for each parameter that is no adapter's, and for each buffer.
         lora_seed: Of the adapters, see `initial_adapters`.

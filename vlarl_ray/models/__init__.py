@@ -11,6 +11,7 @@ from vlarl_ray.models.base import PolicyInputs, PolicyOutput, VLAModel
 from vlarl_ray.models.distributions import ActionDistribution, Gaussian, Laplace, TokenDistribution
 from vlarl_ray.models.policy import Policy, add_scale_head, load_model, load_policy, new_policy
 from vlarl_ray.models.proprio import ProprioNormalizer
+from vlarl_ray.models.quest_official import load_quest_official
 
 __all__ = [
     "ActionDistribution",
@@ -30,5 +31,6 @@ __all__ = [
     "gumbel_noise",
     "load_model",
     "load_policy",
+    "load_quest_official",
     "new_policy",
 ]

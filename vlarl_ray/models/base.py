@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8, UInt64
 from torch import Tensor, nn
 
+from vlarl_ray.config import ModelConfig
 from vlarl_ray.models.distributions import ActionDistribution, Samples
 
 
@@ -58,8 +59,15 @@ class VLAModel(nn.Module, ABC):
 
     samples_per_number: ClassVar[int] = 1
     """Numbers of a sample for each number of an action: more than 1 where a sample is a path, as in a flow policy."""
+    tokens_of_chunk: ClassVar[bool] = False
+    """Whether a sample's numbers say what the chunk is as a whole, as the codes of a skill do: they are then scored all
+    together, once any env step was executed. Else they are step-major."""
+    frozen_modules: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of parameter names that RL leaves alone, adapters or not. They are not sharded."""
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    """Precisions that it can compute in."""
     num_action_tokens: int
-    """L = K * D * `samples_per_number`."""
+    """L, see `sample_space`."""
     chunk_length: int
     """K env steps per decision."""
     action_dim: int
@@ -68,6 +76,18 @@ class VLAModel(nn.Module, ABC):
     """Whether the value is read from the policy's pass, or from another one with the critic's own adapters."""
     detach_value: bool = False
     """Whether value gradients stop at the backbone."""
+
+    @classmethod
+    def sample_space(cls, config: ModelConfig) -> tuple[int, range | None]:
+        """Say what a sample is: how many numbers (L), and the ids of its tokens; None where they are continuous."""
+        first = config.text_vocab_size
+        ids = range(first, first + config.num_action_bins) if config.action_head == "tokens" else None
+        return config.chunk_length * config.action_dim * cls.samples_per_number, ids
+
+    @property
+    def block_length(self) -> int:
+        """Env steps that `encode_actions` wants where there are as many: K, or more where samples say more."""
+        return self.chunk_length
 
     @property
     def has_likelihood(self) -> bool:
@@ -114,7 +134,11 @@ class VLAModel(nn.Module, ABC):
 
     @abstractmethod
     def encode_actions(self, actions: Float[Tensor, "B K D"]) -> Samples:
-        """Turn env actions into samples (inverse of `decode_actions`, up to half a bin for tokens)."""
+        """Turn env actions into samples (inverse of `decode_actions`, up to half a bin for tokens).
+
+        Args:
+            actions: Of `block_length` env steps, env units; the K of a chunk will do.
+        """
 
     def key_value_bytes(self, rows: int) -> int:
         """Bytes of keys and values that `sample` keeps from token to token; 0 where it decodes in one pass."""

@@ -73,9 +73,28 @@ class ChunkPolicyModel(VLAModel):
         self.proprio_normalizer = proprio_normalizer
         self.metadata = dict(metadata or {})
         self.chunk_length, self.action_dim = config.chunk_length, config.action_dim
-        self.num_action_tokens = config.chunk_length * config.action_dim * self.samples_per_number
+        self.num_action_tokens, _ = self.sample_space(config)
         self.action_tokenizer = ActionTokenizer(config.text_vocab_size + config.num_action_bins, config.num_action_bins)
         self.first_action_token = self.action_tokenizer.first_token
+
+    @classmethod
+    def for_instructions(
+        cls,
+        config: ModelConfig,
+        instructions: Sequence[str],
+        *,
+        normalizer: ActionNormalizer | None = None,
+        proprio_normalizer: ProprioNormalizer | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> ChunkPolicyModel:
+        """Make a model that can encode `instructions`; its weights are arbitrary (see `new_policy`).
+
+        Raises:
+            ValueError: If a prompt is longer than `config.max_prompt_tokens`.
+        """
+        tokenizer = PromptTokenizer.train(instructions, vocab_size=config.text_vocab_size, style=config.prompt_style)
+        tokenizer.encode_batch(list(instructions), max_tokens=config.max_prompt_tokens)
+        return cls(config, tokenizer, normalizer=normalizer, proprio_normalizer=proprio_normalizer, metadata=metadata)
 
     @property
     def has_likelihood(self) -> bool:
@@ -143,6 +162,19 @@ class ChunkPolicyModel(VLAModel):
         numbers = self.normalizer.normalize(actions)
         is_token = self.model_config.action_head == "tokens"
         return (self.action_tokenizer.encode(numbers) if is_token else numbers.float()).flatten(1)
+
+    def check_samples(self, samples: Samples) -> None:
+        """Refuse tokens that are no action.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        if not samples.is_floating_point():
+            self.action_tokenizer.columns(samples)
+
+    def reset_special(self, generator: torch.Generator) -> None:
+        """Set what `new_policy` leaves arbitrary: buffers, and parameters of layers it does not know."""
+        del generator
 
     def adapters_disabled(self) -> AbstractContextManager[None]:
         """Context in which the model is the one before LoRA (the reference policy)."""

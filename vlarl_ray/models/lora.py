@@ -79,7 +79,7 @@ def attach_lora(
     """Freeze a model but for its heads and put adapters on its linear layers, in place.
 
     A is random from `seed`, B zero, so that nothing changes at first. All else is frozen, learned action queries too,
-    so that the model with adapters disabled stays the one before training.
+    so that the model with adapters disabled stays the one before training. The model's `frozen_modules` get none.
 
     Args:
         model: A VLA model without adapters, before sharding.
@@ -232,10 +232,10 @@ def load_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[s
     return adapters, load_file(folder / "heads.safetensors"), description["lora_alpha"] / description["r"]
 
 
-def _target_names(model: nn.Module, config: LoraConfig) -> list[str]:
+def _target_names(model: VLAModel, config: LoraConfig) -> list[str]:
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(HEADS)]
-    unused = tuple(getattr(model, "unused_modules", ()))
-    linear = [name for name in linear if not name.startswith(unused)] if unused else linear
+    unused = (*getattr(model, "unused_modules", ()), *model.frozen_modules)
+    linear = [name for name in linear if not f"{name}.weight".startswith(unused)]
     lm_head = [name for name in linear if name.endswith("lm_head")]
     if config.target_modules == "all-linear":
         names = [name for name in linear if name not in lm_head]

@@ -89,8 +89,7 @@ class Policy:
         scores = []
         for start in range(0, len(observations), _MAX_ROWS):
             tokens = samples_to_torch(np.stack([chunk.tokens for chunk in chunks[start : start + _MAX_ROWS]]))
-            if not tokens.is_floating_point():
-                self.model.action_tokenizer.columns(tokens)  # refuses what is no action token
+            self.model.check_samples(tokens)
             tokens = tokens.to(self.device)
             with torch.no_grad():
                 output = self.model(self._inputs(observations[start : start + _MAX_ROWS]), tokens)
@@ -121,7 +120,8 @@ def new_policy(
 
     Args:
         config: Dimensions.
-        instructions: Sentences that the tokenizer should encode in few tokens; others encode in more.
+        instructions: Sentences that the tokenizer should encode in few tokens, others encode in more; or all that the
+            model knows, where it has a table of them (quest).
         seed: Of the weights.
         normalizer: Between env units and [-1, 1]; None passes actions through.
         proprio_normalizer: From raw proprioception to [-1, 1]; None passes it through.
@@ -130,15 +130,17 @@ def new_policy(
     Raises:
         ValueError: If a prompt of `instructions` is longer than `config.max_prompt_tokens`.
     """
-    tokenizer = PromptTokenizer.train(instructions, vocab_size=config.text_vocab_size, style=config.prompt_style)
-    tokenizer.encode_batch(list(instructions), max_tokens=config.max_prompt_tokens)
     with torch.device("meta"):
-        model = _model_class(config)(
-            config, tokenizer, normalizer=normalizer, proprio_normalizer=proprio_normalizer, metadata=metadata
+        model = _model_class(config).for_instructions(
+            config,
+            list(instructions),
+            normalizer=normalizer,
+            proprio_normalizer=proprio_normalizer,
+            metadata=metadata,
         )
     model.to_empty(device="cpu")
-    _init_weights(model, seed)
-    return model
+    init_weights(model, seed)
+    return model.eval()
 
 
 def add_scale_head(
@@ -261,6 +263,11 @@ def load_model(
         raise ValueError(f"dtype = {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
     with _local(folder_or_uri) as folder:
         model, weights = empty_model(folder)
+        if dtype not in model.dtypes:
+            raise ValueError(
+                f"dtype = {dtype!r}: a {model.model_config.architecture} policy computes in "
+                f"{' or '.join(model.dtypes)} only; set inference.dtype and learner.dtype to that."
+            )
         # Copies: what was read lies in a mapped file, which others may replace.
         every = weights.read_rows(dict.fromkeys(weights, slice(None)))
         tensors = {name: tensor.to(device, copy=True) for name, tensor in every}
@@ -269,7 +276,7 @@ def load_model(
         module.to(torch.float32 if f"{name}." in HEADS else DTYPES[dtype])
     for parameter in model.parameters(recurse=False):
         parameter.data = parameter.data.to(DTYPES[dtype])
-    return model
+    return model.eval()
 
 
 def empty_model(folder: Path) -> tuple[ChunkPolicyModel, WeightFiles]:
@@ -369,8 +376,8 @@ def _local(folder_or_uri: str | Path) -> Iterator[Path]:
         yield Path(copy)
 
 
-def _init_weights(model: ChunkPolicyModel, seed: int) -> None:
-    """Draw weights on the CPU in the order of module names."""
+def init_weights(model: ChunkPolicyModel, seed: int) -> None:
+    """Draw all weights on the CPU, in the order of module names."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         _draw_weights(model, generator)
@@ -379,6 +386,7 @@ def _init_weights(model: ChunkPolicyModel, seed: int) -> None:
             if isinstance(module, ScaleHead):
                 module.reset_last_layer(generator)
         nn.init.zeros_(cast(nn.Linear, model.value_head[-1]).weight)  # value 0 at first
+        model.reset_special(generator)
 
 
 def draw_heads(heads: nn.ModuleDict, seed: int) -> None:
@@ -395,11 +403,11 @@ def draw_heads(heads: nn.ModuleDict, seed: int) -> None:
 
 def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             _draw(module.weight, module.weight[0].numel() ** -0.5, generator)
             if module.bias is not None:
                 module.bias.zero_()
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.BatchNorm2d):
             module.reset_parameters()
         elif isinstance(module, LayerScale):
             module.scale_factor.fill_(1.0)

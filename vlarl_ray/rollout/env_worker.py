@@ -128,6 +128,7 @@ class EnvWorker:
                     reply.logprobs[row],
                     policy_version=reply.policy_version,
                     inference_cpu_s=share,
+                    tokens_of_chunk=reply.tokens_of_chunk,
                 )
             except Exception as error:  # noqa: BLE001 - a simulator may raise anything; it costs one episode, not the run
                 ended.append(self._fail(seat, episode.task, error))

@@ -42,6 +42,7 @@ class Episode:
         self._versions: list[int] = []
         self._executed: list[Float32[np.ndarray, "K D"]] = []
         self._successes: list[list[bool]] = []
+        self._tokens_of_chunk = False
         self._num_steps = 0
         self._terminated = self._truncated = False
 
@@ -63,6 +64,7 @@ class Episode:
         *,
         policy_version: int,
         inference_cpu_s: float,
+        tokens_of_chunk: bool = False,
     ) -> None:
         """Step the simulator through one chunk without rendering, then render once."""
         start = time.process_time()
@@ -86,6 +88,7 @@ class Episode:
         self._tokens.append(tokens)
         self._logprobs.append(logprobs)
         self._versions.append(policy_version)
+        self._tokens_of_chunk = tokens_of_chunk
         self._executed.append(executed)
         self._successes.append(successes)
 
@@ -112,4 +115,5 @@ class Episode:
             first_success_env_step=first,
             worker=worker,
             timing=EpisodeTiming(self._reset_s, self._physics_s, self._render_s, self._inference_s),
+            tokens_of_chunk=self._tokens_of_chunk,
         )
