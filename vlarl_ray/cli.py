@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         if not _is_for_the_user(error):
             traceback.print_exc()
             return EXIT_FAILURE
@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILURE
 
 
-def _is_for_the_user(error: ValueError) -> bool:
-    """Tell the package's own `raise ValueError`, which says what to mend, from a defect that surfaced as one."""
+def _is_for_the_user(error: Exception) -> bool:
+    """Tell an error that the package raises itself, and which says what to mend, from a defect that surfaced as one."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return os.path.dirname(__file__) in frame.filename and (frame.line or "").startswith("raise ")
 

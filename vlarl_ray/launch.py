@@ -128,7 +128,7 @@ def run_evaluate(cfg: ExperimentConfig, policy: str) -> int:
     The result goes to a new file `evaluation-<number>.json` of the run folder.
 
     Raises:
-        ConfigError: If the folder is that of a run on another env.
+        ConfigError: If the folder is that of a run on another env, or the policy's dimensions are not the simulator's.
     """
     from vlarl_ray.evaluate import evaluate
     from vlarl_ray.warm_start import given_policy
@@ -138,6 +138,7 @@ def run_evaluate(cfg: ExperimentConfig, policy: str) -> int:
         raise ConfigError([problem.message for problem in problems])
     cfg = with_policys_model(replace(cfg, policy=policy))
     suite = make_suite(cfg.env)
+    check_simulator(cfg, suite)
     with ExitStack() as stack:
         memory = stack.enter_context(PeakMemory())
         policy_dir = given_policy(cfg, Path(stack.enter_context(tempfile.TemporaryDirectory())))

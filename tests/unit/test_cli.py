@@ -115,6 +115,15 @@ def test_a_folder_that_holds_no_run_is_a_user_error_without_a_traceback(capsys, 
     assert "Traceback" not in err
 
 
+def test_a_policy_that_is_not_there_or_in_the_way_is_a_user_error_without_a_traceback(capsys, tmp_path):
+    assert main(["export", str(tmp_path / "none"), "--to", str(tmp_path / "out")]) == 2
+    assert main(["export", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert "config.json does not exist" in printed
+    assert "--to is missing" in printed
+    assert "Traceback" not in printed
+
+
 def test_a_pager_that_closes_early_is_no_error():
     command = f"{sys.executable} -m vlarl_ray.cli train --help | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)

@@ -11,7 +11,8 @@ import torch
 from tests.e2e.toy_run import evaluations, toy_config
 from tests.small_openvla import INSTRUCTIONS, observations, tiny, tiny_oft
 from vlarl_ray.cli import main
-from vlarl_ray.config import EvaluationConfig, PreprocessingConfig
+from vlarl_ray.config import EvaluationConfig, ModelConfig, PreprocessingConfig
+from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.launch import run_evaluate, run_training
 from vlarl_ray.models import ActionNormalizer, load_model, new_policy
 from vlarl_ray.models.official import is_official, read_official
@@ -104,6 +105,16 @@ def test_an_import_whose_checkpoint_is_gone_says_so(tmp_path):
     folder.rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="put the checkpoint back, or import it again"):
         load_model(tmp_path / "back")
+
+
+def test_a_checkpoint_for_another_robot_is_refused_before_anything_is_simulated(tmp_path):
+    model = openvla()
+    model.save(tmp_path / "policy")
+    folder = export_policy(tmp_path / "policy", tmp_path / "official")
+    cfg = replace(toy_config(tmp_path / "run"), model=replace(ModelConfig(), value_hidden_sizes=(8,)))
+    with pytest.raises(ConfigError, match=r"model\.action_dim = 3: the simulators of toy have 2"):
+        run_evaluate(cfg, str(folder))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_published_checkpoint_is_evaluated_and_trained_from_as_it_is(tmp_path, capsys):
