@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models
 from tests.golden_data import golden_path
 from vlarl_ray.config import ModelConfig, OFTConfig, TowerConfig
 from vlarl_ray.models.official import is_official, read_official
+from vlarl_ray.models.policy_export import export_policy
+from vlarl_ray.models.policy_import import import_policy
 from vlarl_ray.registry import MODELS, resolve
 
 OFT = ModelConfig(chunk_length=8, oft=OFTConfig(num_cameras=2))
@@ -155,3 +157,19 @@ def test_a_damaged_config_says_so(copy):
     (copy / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         read(copy)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_export_has_the_tensors_config_and_statistics_that_were_imported(name, tmp_path):
+    wanted, key = CASES[name]
+    source = golden_path(name)
+    policy = import_policy(source, tmp_path / "policy", wanted, unnorm_key=key, seed=0)
+    folder = export_policy(policy, tmp_path / "out")
+    for file in ("config.json", "dataset_statistics.json"):
+        if (source / file).exists():
+            assert json.loads((folder / file).read_text()) == json.loads((source / file).read_text())
+    for file in source.glob("*.safetensors"):
+        stored, written = load_file(file), load_file(folder / file.name)
+        assert stored.keys() == written.keys()
+        assert all(torch.equal(written[tensor], stored[tensor]) for tensor in stored)
+        assert all(written[tensor].dtype == stored[tensor].dtype for tensor in stored)

@@ -94,7 +94,9 @@ def read_official(folder: Path, wanted: ModelConfig, *, unnorm_key: str | None =
     config = _read_json(folder / "config.json")
     components = _component_files(folder)
     is_oft = wanted.architecture == "openvla_oft" or bool(components)
-    statistics = _statistics(folder, config, unnorm_key)
+    known, key = _statistics(folder, config, unnorm_key)
+    kind = config.get("tiny", {}).get("action_proprio_normalization_type", "bounds_q99")
+    statistics = _with_bounds(known[key], kind)
     weights = _all_weights(folder)
     determined = _determined(config, statistics, weights, is_oft=is_oft)
     processor = folder / "preprocessor_config.json"
@@ -121,7 +123,9 @@ def read_official(folder: Path, wanted: ModelConfig, *, unnorm_key: str | None =
         else None,
         tokenizer=tokenizer,
         weights=weights.without(_unused(weights, model)),
-        metadata={"official": {"config": config, "unnorm_key": unnorm_key or _only(statistics["all_keys"])}},
+        metadata={
+            "official": {"config": config, "statistics": known, "unnorm_key": key}
+        },  # `export_policy` writes them
     )
 
 
@@ -250,8 +254,8 @@ def _preprocessing(official: Mapping[str, Any], wanted: PreprocessingConfig) -> 
     return replace(PreprocessingConfig.from_official(official), **{name: getattr(wanted, name) for name in steps})
 
 
-def _statistics(folder: Path, config: Mapping[str, Any], unnorm_key: str | None) -> dict[str, Any]:
-    """Pick a dataset's statistics; those of the fine-tuning replace the ones in `config.json`."""
+def _statistics(folder: Path, config: Mapping[str, Any], unnorm_key: str | None) -> tuple[dict[str, Any], str]:
+    """Find the statistics of all datasets, those of the fine-tuning if it left some, and the key of the wanted one."""
     path = folder / "dataset_statistics.json"
     known = _read_json(path) if path.exists() else config.get("norm_stats")
     where = path.name if path.exists() else "config.json (norm_stats)"
@@ -262,8 +266,7 @@ def _statistics(folder: Path, config: Mapping[str, Any], unnorm_key: str | None)
     key = unnorm_key or next(iter(known))
     if key not in known:
         raise ValueError(f"unnorm_key = {key!r} is not in {folder / where}; {suggest(key, known)}.")
-    kind = config.get("tiny", {}).get("action_proprio_normalization_type", "bounds_q99")
-    return {**_with_bounds(known[key], kind), "all_keys": list(known)}
+    return known, key
 
 
 def _with_bounds(statistics: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -278,10 +281,6 @@ def _with_bounds(statistics: Mapping[str, Any], kind: str) -> dict[str, Any]:
         if name in statistics
     }
     return {**statistics, **ends}
-
-
-def _only(keys: list[str]) -> str:
-    return keys[0]
 
 
 def _tokenizer(folder: Path, model: ModelConfig, expected: int) -> PromptTokenizer | None:

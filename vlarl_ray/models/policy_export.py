@@ -1,4 +1,9 @@
-"""Write a policy in the published layout of OpenVLA or OpenVLA-OFT, for code that knows nothing of this package."""
+"""Write a policy in the published layout of OpenVLA or OpenVLA-OFT.
+
+What was imported goes back with its own `config.json` and statistics. A policy made here gets a `config.json` with its
+dimensions in a block `tiny`, which this package reads; published code knows the released dimensions only. The heads of
+OpenVLA-OFT are safetensors, where its published code loads `.pt` files.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlarl_ray.config import ModelConfig, TowerConfig
-from vlarl_ray.models.action_tokens import ActionNormalizer
 from vlarl_ray.models.official import HEADS_FILE
 from vlarl_ray.models.openvla import padded_vocab_size
 from vlarl_ray.models.openvla_oft import COMPONENTS
 from vlarl_ray.models.policy import describe_policy, policy_weights
-from vlarl_ray.models.proprio import ProprioNormalizer
 from vlarl_ray.models.tokenizer import PromptTokenizer
 from vlarl_ray.models.weight_files import MAX_FILE_BYTES, WeightFiles, write_files
 from vlarl_ray.registry import MODELS, resolve
@@ -30,7 +33,7 @@ _OWN_KEY = "vlarl_ray"
 
 
 def export_policy(policy_dir: Path, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> Path:
-    """Write a folder that loads like a published checkpoint, here and elsewhere; one file's tensors are held at a time.
+    """Write a folder laid out like a published checkpoint; one file's tensors are held at a time.
 
     Args:
         policy_dir: Policy folder, adapters merged (as a run leaves it in `policy_final`).
@@ -48,12 +51,6 @@ def export_policy(policy_dir: Path, folder: Path, *, max_file_bytes: int = MAX_F
     _check_has_counterpart(model)
     weights = policy_weights(policy_dir)
     official = description["metadata"].get("official", {})
-    action = ActionNormalizer(**description["action_statistics"])
-    proprio = description["proprio_statistics"]
-    statistics = {
-        "action": _statistics(action),
-        **({"proprio": _statistics(ProprioNormalizer(**proprio))} if proprio else {}),
-    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as partial:
         new = Path(partial) / folder.name
@@ -62,11 +59,11 @@ def export_policy(policy_dir: Path, folder: Path, *, max_file_bytes: int = MAX_F
         _write_heads(new, weights)
         path = policy_dir / "tokenizer.json"
         tokenizer = PromptTokenizer.load(path, model.prompt_style) if path.exists() else None
-        config = official.get("config") or _config(model, tokenizer)
-        config = {**config, "norm_stats": {official.get("unnorm_key", _OWN_KEY): statistics}}
+        statistics = official.get("statistics") or {_OWN_KEY: _statistics(description)}
+        config = official.get("config") or {**_config(model, tokenizer), "norm_stats": statistics}
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if model.architecture == "openvla_oft":
-            (new / "dataset_statistics.json").write_text(json.dumps(config["norm_stats"], indent=2) + "\n")
+            (new / "dataset_statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
         if model.preprocessing.interpolation != "bilinear":
             processor = model.preprocessing.to_official(model.image_size)
             (new / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
@@ -108,8 +105,9 @@ def _write_heads(folder: Path, weights: WeightFiles) -> None:
         save_file(values, folder / HEADS_FILE, metadata={"format": "pt"})
 
 
-def _statistics(normalizer: ActionNormalizer | ProprioNormalizer) -> dict[str, Any]:
-    return {"q01": list(normalizer.q01), "q99": list(normalizer.q99), "mask": list(normalizer.mask)}
+def _statistics(description: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {"action": description["action_statistics"], "proprio": description["proprio_statistics"]}
+    return {name: {k: part[k] for k in ("q01", "q99", "mask")} for name, part in parts.items() if part is not None}
 
 
 def _config(model: ModelConfig, tokenizer: PromptTokenizer | None) -> Mapping[str, Any]:
