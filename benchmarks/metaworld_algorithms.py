@@ -31,12 +31,8 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "RLOO, dynamic sampling": ("--algorithm.name", "rloo", *GROUPS, "--sampling.dynamic", "true"),
     "GRPO": ("--algorithm.name", "grpo", *GROUPS),
     "chunk PPO + self-BC": (
-        "--algorithm.name",
-        "chunk_ppo",
-        "--algorithm.ratio_level",
-        "chunk",
-        "--algorithm.self_bc.ramp_updates",
-        5,
+        *("--algorithm.name", "chunk_ppo", "--algorithm.ratio_level", "chunk", "--algorithm.self_bc.seed_demos", 0),
+        *("--algorithm.self_bc.schedule", "constant", "--algorithm.self_bc.bc_weight", 0.1),
     ),
 }
 

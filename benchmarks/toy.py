@@ -40,12 +40,15 @@ FIVE_TASKS = (
 )  # fmt: skip
 DYNAMIC = ("--sampling.dynamic", "true", "--rollout.groups_per_update", 56)
 """Groups that are kept; some 96 are attempted, so that an update takes as many env steps as without."""
+SELF_BC = ("--algorithm.self_bc.seed_demos", 0, "--algorithm.self_bc.capacity", 300)
+"""No demonstrations, as these are no better than the policy; room for some two updates' successes, as the shortest of them
+are those that started next to the goal."""
 FRONTIER = ("--sampling.curriculum", "frontier", "--sampling.curriculum_temperature", 0.5)
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "ppo": (),
     "rloo": ("--algorithm.name", "rloo", *GROUPS),
     "grpo": ("--algorithm.name", "grpo", *GROUPS),
-    "chunk_ppo": ("--algorithm.name", "chunk_ppo", *CHUNK),
+    "chunk_ppo": ("--algorithm.name", "chunk_ppo", *CHUNK, *SELF_BC),
     "chunk_ppo without cloning": CHUNK,
     "shuffled": ("--rollout.shuffle_rewards", "true", "--algorithm.gamma", 1),
     "five tasks, uniform": FIVE_TASKS,
