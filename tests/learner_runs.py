@@ -104,16 +104,22 @@ def load_folder(*, folder: str, train: str, **ranks) -> dict:
     return result
 
 
-def update_folder(*, folder: str, train: str, batch: TrainBatch, **ranks) -> dict:
-    """Build a rank from a policy folder and let it learn from a batch whose ratios are of tokens; its parameters."""
+def update_folder(*, folder: str, train: str, batch: TrainBatch, trajectories=(), **ranks) -> dict:
+    """Build a rank from a policy folder, score, and learn from a batch whose ratios are of tokens; what it then is."""
     cfg = toy_config(Path(folder))
     algorithm = replace(cfg.algorithm, ratio_level="token", critic_warmup_updates=0)
     cfg = replace(cfg, learner=replace(cfg.learner, train=train), algorithm=algorithm)
     learner = build_learner(cfg, folder, **ranks)
+    scores = learner.score(list(trajectories)) if trajectories else []
     metrics = learner.update(batch)
     arrays, _ = learner.state_dict()
     learner.shutdown()
-    return {"parameters": arrays.get("parameters", {}), "metrics": metrics}
+    return {
+        "scores": scores,
+        "parameters": arrays.get("parameters", {}),
+        "moments": arrays.get("optimizer", {}),
+        "metrics": metrics,
+    }
 
 
 SCENARIOS = {

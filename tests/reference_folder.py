@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 from tests.small_openvla import INSTRUCTIONS
+from tests.small_quest import quest_observations, random_codes, small_quest
 from vlarl_ray.comparison import NotComparableError, Ours
 from vlarl_ray.config import ModelConfig, OFTConfig, TowerConfig
-from vlarl_ray.models import new_policy, parity_oft, parity_openvla
+from vlarl_ray.models import new_policy, parity_oft, parity_openvla, parity_quest
 from vlarl_ray.models.openvla_oft import COMPONENTS
 from vlarl_ray.models.parity_checkpoint import ReferenceCheckpoint
+from vlarl_ray.models.policy_export import export_policy
 
 TRAILING = 77
 SMALL = ModelConfig(
@@ -67,6 +69,44 @@ def write_oft(folder, *, seed=0, num_prompts=2, num_cameras=1, kind="bounds_q99"
     outputs.pop("proprio_normalized", None)
     _write_arrays(folder, inputs, outputs, {"unnorm_key": "some_robot"}, make=parity_oft.OFTReference)
     return folder
+
+
+def write_quest(folder, *, seed=0, batch=3, top=4, **changes):
+    """Write a folder of a small model with `changes`, whose convolutions are those of the published code."""
+    model = small_quest(seed, **{"conv_kernels": (5, 3), "conv_strides": (2, 1), **changes})
+    policy = folder.with_name(f"{folder.name} policy")
+    model.save(policy)
+    export_policy(policy, folder)
+    quest, rng = model.model_config.quest, np.random.default_rng(seed)
+    seen = quest_observations(model, batch, seed=seed)
+    inputs = {
+        "actions": rng.uniform(-1, 1, (batch, quest.block_length, model.action_dim)).astype(np.float32),
+        "random_indices": random_codes(model, batch, seed=seed).numpy(),
+        **{f"obs_{n}": seen.images[:, i, None].permute(0, 1, 4, 2, 3).numpy() for i, n in enumerate(quest.cameras)},
+    }
+    parts = seen.proprio.split([size for _, size in quest.lowdim], dim=1) if quest.lowdim else ()
+    inputs |= {f"obs_{n}": part[:, None].numpy() for (n, _), part in zip(quest.lowdim, parts, strict=True)}
+    if quest.task_encoding == "vector":
+        inputs["task_emb"] = rng.normal(size=(batch, quest.task_size)).astype(np.float32)
+    else:
+        inputs["task_id"] = rng.integers(0, quest.task_size, batch)
+    wanted = {f"top{top}_{name}": np.zeros((batch, quest.num_codes, top)) for name in ("indices", "probs")}
+    wanted |= {f"lowdim_embedding_{name}": np.zeros((batch, 1, quest.lowdim_embed_dim)) for name, _ in quest.lowdim}
+    case = _write_arrays(folder, inputs, wanted, {}, make=parity_quest.QuestReference)
+    if (quest.prior_vocab_size or 0) > quest.codebook_size:
+        wanted["greedy_indices"] = likeliest_outputs(case)
+        case = _write_arrays(folder, inputs, wanted, {}, make=parity_quest.QuestReference)
+    _write_arrays(folder, inputs, computed(parity_quest.groups(case)), {}, make=parity_quest.QuestReference)
+    return folder
+
+
+def likeliest_outputs(case):
+    """What greedy decoding over all outputs of a prior gives, code or not."""
+    codes = torch.zeros(len(case.inputs["actions"]), case.model.num_action_tokens, dtype=torch.int64)
+    with torch.no_grad():
+        for index in range(codes.shape[1]):
+            codes[:, index] = parity_quest.prior(case.model, case.observations(), codes)[1][:, index].argmax(-1)
+    return codes.numpy()
 
 
 def openvla_case(folder):

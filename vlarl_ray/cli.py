@@ -258,7 +258,7 @@ COMMANDS = {
     "collect": Command("Collect demonstrations with the scripted experts.", _collect),
     "report": Command("Write report.html of a run folder.", _report, takes_config=False),
     "export": Command(
-        "Write a run's policy, or a policy folder, in the published layout of OpenVLA or OpenVLA-OFT.",
+        "Write a run's policy, or a policy folder, in the published layout of OpenVLA, OpenVLA-OFT or QueST.",
         _export,
         takes_config=False,
         more_usage=" --to FOLDER",

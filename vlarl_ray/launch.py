@@ -62,9 +62,11 @@ def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
     from vlarl_ray.report.html import write_report
     from vlarl_ray.train import train
     from vlarl_ray.trained_policy import save_trained_policy
+    from vlarl_ray.warm_start import check_instructions
 
     cfg = with_policys_model(cfg)
     suite = make_suite(cfg.env)
+    check_instructions(cfg, suite)
     if inline or cfg.policy is None:
         check_simulator(cfg, suite)
     start = time.perf_counter()
@@ -131,13 +133,14 @@ def run_evaluate(cfg: ExperimentConfig, policy: str) -> int:
         ConfigError: If the folder is that of a run on another env, or the policy's dimensions are not the simulator's.
     """
     from vlarl_ray.evaluate import evaluate
-    from vlarl_ray.warm_start import given_policy
+    from vlarl_ray.warm_start import check_instructions, given_policy
 
     problems = check_evaluation_dir(cfg)
     if problems:
         raise ConfigError([problem.message for problem in problems])
     cfg = with_policys_model(replace(cfg, policy=policy))
     suite = make_suite(cfg.env)
+    check_instructions(cfg, suite)
     check_simulator(cfg, suite)
     with ExitStack() as stack:
         memory = stack.enter_context(PeakMemory())

@@ -17,6 +17,7 @@ from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.demos.collect import collect_demonstrations
 from vlarl_ray.demos.store import Demonstration, chunks, load_demonstrations
 from vlarl_ray.envs.base import Suite
+from vlarl_ray.registry import suggest
 from vlarl_ray.types import FrameRef, StoredEpisode
 
 _LOG = logging.getLogger(__name__)
@@ -116,7 +117,11 @@ def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
     from vlarl_ray.models.policy import describe_policy
 
     if is_official(policy_dir):  # of its frames it says nothing
-        return read_official(policy_dir, cfg.model, unnorm_key=cfg.unnorm_key).model
+        model = read_official(policy_dir, cfg.model, unnorm_key=cfg.unnorm_key).model
+        problems = [problem.message for problem in check_quest(replace(cfg, model=model))]
+        if problems:
+            raise ConfigError(problems)
+        return model
     description = describe_policy(policy_dir)
     trained_on = description["metadata"]
     problems = [
@@ -138,3 +143,30 @@ def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
     if problems:
         raise ConfigError(problems)
     return model
+
+
+def check_instructions(cfg: ExperimentConfig, suite: Suite) -> None:
+    """Check that the policy a run starts from knows the suite's instructions, where it has a table of those it knows.
+
+    Raises:
+        ConfigError: Naming every task whose instruction is not in the table.
+    """
+    if cfg.policy is None or cfg.model.architecture != "quest":
+        return
+    from vlarl_ray.models.official import is_official, read_official
+    from vlarl_ray.models.policy import describe_policy
+
+    source = Path(cfg.policy)
+    if is_official(source):
+        known = read_official(source, cfg.model, unnorm_key=cfg.unnorm_key).metadata["instructions"]
+    else:
+        known = describe_policy(source)["metadata"].get("instructions", [])
+    wanted = {task_id: suite.instruction(task_id) for task_id in suite.task_ids}
+    problems = [
+        f"env.tasks: the instruction of {task_id!r}, {text!r}, is not among those that the policy {source} knows; "
+        f"{suggest(text, known)}. Leave the task out, or mend `instructions` in the checkpoint's config.json."
+        for task_id, text in wanted.items()
+        if text not in known
+    ]
+    if problems:
+        raise ConfigError(problems)

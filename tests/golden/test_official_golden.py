@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from tests.golden_data import golden_path
 from vlarl_ray.config import ModelConfig, OFTConfig, TowerConfig
+from vlarl_ray.models import load_model, load_quest_official
 from vlarl_ray.models.official import is_official, read_official
 from vlarl_ray.models.policy_export import export_policy
 from vlarl_ray.models.policy_import import import_policy
@@ -173,3 +174,24 @@ def test_an_export_has_the_tensors_config_and_statistics_that_were_imported(name
         assert stored.keys() == written.keys()
         assert all(torch.equal(written[tensor], stored[tensor]) for tensor in stored)
         assert all(written[tensor].dtype == stored[tensor].dtype for tensor in stored)
+
+
+def test_quest_is_imported_with_a_table_of_instructions_and_goes_back_as_it_came(tmp_path):
+    source = shutil.copytree(golden_path("quest"), tmp_path / "checkpoint")
+    assert is_official(source)
+    with pytest.raises(ValueError, match="has no `instructions`; list there what the policy was taught"):
+        read_official(source, ModelConfig())
+    vectors, known = torch.randn(2, 20, generator=torch.Generator().manual_seed(0)), ["push the plate", "open the door"]
+    edit(source, instructions=known)
+    save_file({"task_embeddings": vectors}, source / "task_embeddings.safetensors")
+    model = load_model(import_policy(source, tmp_path / "policy", ModelConfig(), unnorm_key=None, seed=0))
+    published = load_quest_official(source, instructions=known, task_embeddings=vectors).state_dict()
+    assert published.keys() == model.state_dict().keys()
+    same = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, published[name])}
+    assert all(name.startswith("value_head.") for name in published.keys() - same)
+    folder = export_policy(tmp_path / "policy", tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    for file in source.glob("*.safetensors"):
+        stored, written = load_file(file), load_file(folder / file.name)
+        assert stored.keys() == written.keys()
+        assert all(torch.equal(written[tensor], stored[tensor]) for tensor in stored)

@@ -8,21 +8,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.golden_data import golden_path
-from tests.reference_folder import write_oft, write_openvla
+from tests.golden_data import GOLDEN, golden_path
+from tests.reference_folder import write_oft, write_openvla, write_quest
 from vlarl_ray.models.parity import FAILED, OK, UNKNOWN, examine, main
 from vlarl_ray.models.parity_openvla import OUTSIDE
+from vlarl_ray.models.parity_quest import OUTSIDE as NO_CODE
 
 UNCOVERED = {
     "openvla": set(),
     "openvla_small_vocab": set(),
     "openvla_oft": set(),
+    "quest": set(),
     "openvla_preprocess": {"an input", "of TensorFlow's codec", "the folder has no tokenizer.json"},
     "advantages": {"counts masked and invalid tokens"},
     "openvla_7b_parameters.json": set(),
 }
-NUM_ARRAYS = {"openvla": 37, "openvla_small_vocab": 37, "openvla_oft": 43}
-EXACT = ("_uint8", "_resized", "_without_jpeg", "_center_cropped", "_tokens", "_ids", "_index", "_mask")
+NUM_ARRAYS = {"openvla": 37, "openvla_small_vocab": 37, "openvla_oft": 43, "quest": 22}
+EXACT = (
+    "_uint8", "_resized", "_without_jpeg", "_center_cropped", "_tokens", "_ids", "_index", "_mask",
+    "code_indices", "greedy_indices", "top5_indices", "code_levels",
+)  # fmt: skip
 
 
 def report_of(path):
@@ -58,19 +63,17 @@ def test_every_golden_array_is_compared_and_agrees(name):
     if name in NUM_ARRAYS:
         assert set(np.load(golden_path(name, "outputs.npz"))) <= names
         assert len(np.load(golden_path(name, "outputs.npz"))) == NUM_ARRAYS[name]
-        gradients = {f"gradient of {n}" for n in json.loads(golden_path(name, "grad_norms.json").read_text())}
+        path = GOLDEN / name / "grad_norms.json"
+        gradients = {f"gradient of {n}" for n in json.loads(path.read_text() if path.exists() else "{}")}
+        assert (name == "quest") == (not gradients)
         assert gradients <= names
     assert all(row.difference == 0 for row in report.rows if row.status == "ok" and row.name.endswith(EXACT))
 
 
-def test_a_folder_of_folders_is_walked_and_one_that_is_not_known_yet_is_told(capsys):
+def test_a_folder_of_folders_is_walked():
     reports = list(examine(golden_path()))
-    assert {report.path.name for report in reports} == {*UNCOVERED, "quest"}
-    assert all(report.exit_status == OK for report in reports if report.path.name != "quest")
-    [quest] = [report for report in reports if report.path.name == "quest"]
-    if quest.exit_status != OK:
-        assert (quest.exit_status, quest.rows) == (UNKNOWN, ())
-        assert "this version has no QueST to compare with" in quest.problem
+    assert {report.path.name for report in reports} == UNCOVERED.keys()
+    assert all(report.exit_status == OK for report in reports)
 
 
 @pytest.mark.parametrize(
@@ -292,3 +295,113 @@ def test_a_changed_component_fails(tmp_path, component):
     save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path)
     expected = {"action_head": "ript_mean", "scale_head": "ript_log_b", "proprio_projector": "projected_proprio"}
     assert expected[component] in failures(folder)
+
+
+@pytest.fixture
+def quest_copy(tmp_path):
+    """A folder to damage."""
+    return shutil.copytree(golden_path("quest"), tmp_path / "some folder")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected", "untouched"),
+    [
+        ("autoencoder.conv_block.blocks.1.block.0.conv.weight", "conv_features", "greedy_logits"),
+        ("autoencoder.encoder.layers.1.linear2.bias", "encoder_z", "conv_features"),
+        ("autoencoder.vq.project_in.bias", "code_levels", "encoder_z"),
+        ("autoencoder.decoder.layers.0.multihead_attn.in_proj_weight", "decoded_random_indices", "codes"),
+        ("image_encoders.agentview_rgb.block_3.downsample.1.running_var", "image_embedding_agentview_rgb", "codes"),
+        ("lowdim_encoders.gripper_states.projection.0.weight", "lowdim_embedding_gripper_states", "codes"),
+        ("task_encoder.weight", "context", "image_embedding_agentview_rgb"),
+        ("policy_prior.decoder.layers.1.self_attn.in_proj_weight", "prior_nll", "context"),
+        ("policy_prior.head.bias", "top5_probs", "greedy_actions"),
+    ],
+)
+def test_a_changed_tensor_of_quest_fails(quest_copy, tensor, expected, untouched):
+    tensors = load_file(quest_copy / "model.safetensors")
+    tensors[tensor] += 0.1 * torch.rand(tensors[tensor].shape, generator=torch.Generator().manual_seed(0))
+    save_file(tensors, quest_copy / "model.safetensors")
+    assert expected in failures(quest_copy)
+    assert untouched not in failures(quest_copy)
+    assert main([str(quest_copy)]) == FAILED
+
+
+@pytest.mark.parametrize(
+    "array", ["code_indices", "greedy_indices", "top5_indices", "context", "ript_logprobs_of_greedy"]
+)
+def test_a_changed_output_of_quest_fails(quest_copy, array):
+    def shift(arrays):
+        arrays[array].flat[3] += 2e-4 if arrays[array].dtype.kind == "f" else 1
+
+    edit_arrays(quest_copy / "outputs.npz", shift)
+    assert array in failures(quest_copy)
+    assert main([str(quest_copy)]) == FAILED
+
+
+def test_missing_arrays_of_quest_and_what_depends_on_them_are_named(quest_copy):
+    edit_arrays(quest_copy / "outputs.npz", lambda arrays: arrays.pop("codes"))
+    edit_arrays(quest_copy / "inputs.npz", lambda arrays: arrays.pop("obs_gripper_states"))
+    report, lacks = report_of(quest_copy), "inputs.npz lacks obs_gripper_states"
+    assert failures(quest_copy) == {
+        "codes": "meta.json lists it, but outputs.npz lacks it",
+        "obs_gripper_states": "meta.json lists it, but inputs.npz lacks it",
+    }
+    uncovered = {row.name: row.detail for row in report.rows if row.status == "not covered"}
+    assert set(uncovered.values()) == {lacks}
+    seen = {"lowdim_embedding_gripper_states", "context", "prior_logits", "greedy_actions", "top5_probs"}
+    assert seen <= uncovered.keys()
+    assert not {"image_embedding_agentview_rgb", "lowdim_embedding_joint_states"} & uncovered.keys()
+    assert report.exit_status == FAILED
+
+
+def test_quest_checkpoints_that_are_of_another_variant_or_damaged_are_told_apart(quest_copy):
+    config = json.loads((quest_copy / "config.json").read_text())
+    other = {**config, "autoencoder": {**config["autoencoder"], "vq_type": "vq"}}
+    (quest_copy / "config.json").write_text(json.dumps(other))
+    report = report_of(quest_copy)
+    assert (report.exit_status, report.counts["not covered"]) == (UNKNOWN, NUM_ARRAYS["quest"])
+    assert "autoencoder.vq_type = 'vq' is not supported" in report.rows[0].detail
+    (quest_copy / "config.json").write_text(json.dumps({**config, "image_embed_dim": 26}))
+    assert "image_encoders.agentview_rgb" in failures(quest_copy)["conv_features"]
+    assert report_of(quest_copy).exit_status == FAILED
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cameras": ("front", "left", "wrist"), "batch": 2, "top": 5},
+        {"task_encoding": "embedding", "cameras": (), "lowdim_hidden_sizes": (6,), "fsq_levels": (7, 5)},
+        {
+            "lowdim": (),
+            "conv_kernels": (5, 3, 3, 3),
+            "conv_strides": (2, 2, 2, 1),
+            "block_length": 24,
+            "prior_layers": 3,
+        },
+    ],
+    ids=str,
+)
+def test_quest_folders_of_other_sizes(tmp_path, settings):
+    folder = write_quest(tmp_path / "other", seed=4, **settings)
+    report = report_of(folder)
+    assert {row.status for row in report.rows} == {"ok"}
+    names = {row.name for row in report.rows}
+    images = {name for name in names if name.startswith("image_embedding_")}
+    assert images == {f"image_embedding_{camera}" for camera in settings.get("cameras", ("image",))}
+    assert {"reconstructed_actions", "prior_nll", "ript_logprobs_of_greedy"} <= names
+    assert f"top{settings.get('top', 4)}_probs" in names
+    (folder / "meta.json").unlink()
+    edit_arrays(
+        folder / "inputs.npz",
+        lambda arrays: arrays.update({n: a.astype(float) for n, a in arrays.items() if a.dtype == np.float32}),
+    )
+    assert {row.status for row in report_of(folder).rows} == {"ok"}
+
+
+def test_outputs_of_the_prior_that_are_no_codes_are_not_drawn_but_all_else_is_compared(tmp_path):
+    folder = write_quest(tmp_path / "other", prior_vocab_size=200, batch=6)
+    rows = report_of(folder).rows
+    uncovered = [(row.name, row.detail) for row in rows if row.status == "not covered"]
+    assert uncovered == [("greedy_indices", NO_CODE)]
+    assert all(row.status == "ok" for row in rows if (row.name, row.detail) not in uncovered)
+    assert np.load(folder / "outputs.npz")["prior_logits"].shape == (6, 4, 200)

@@ -30,6 +30,21 @@ def test_sampler_and_scorer_agree_at_every_temperature(temperature, vocabulary):
     assert (codes.shape, codes.dtype) == ((6, 4), torch.int64)
 
 
+def test_rows_drawn_among_other_instructions_are_scored_alike_alone():
+    model = small_quest()
+    inputs = quest_observations(model, 6)
+    assert inputs.prompt_ids.unique().tolist() == [0, 1, 2]
+    with torch.no_grad():
+        codes, sampled = model.sample(inputs, temperature=1.0, noise=noise(model, 6))
+        for row in reversed(range(6)):
+            alone = model(inputs.rows(slice(row, row + 1)), codes[row : row + 1]).actions
+            scored = alone.log_prob(codes[row : row + 1], temperature=1.0)
+            torch.testing.assert_close(scored[0], sampled[row], rtol=0, atol=1e-4)
+        mixed_up = dataclasses.replace(inputs, prompt_ids=inputs.prompt_ids.roll(1, 0))
+        others = model(mixed_up, codes).actions.log_prob(codes, temperature=1.0)
+    assert (others - sampled).abs().amax(1).min() > 1e-2
+
+
 def test_cached_decoding_gives_the_logits_of_a_whole_pass():
     model = small_quest()
     context, codes = model.context(quest_observations(model)), random_codes(model)

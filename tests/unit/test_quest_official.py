@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.small_openvla import INSTRUCTIONS
 from tests.small_quest import quest_observations, random_codes, small_quest
-from vlarl_ray.models.quest_official import FSQ_LEVELS, load_quest_official
+from vlarl_ray.models.quest_checkpoint import FSQ_LEVELS
+from vlarl_ray.models.quest_official import load_quest_official
 from vlarl_ray.models.unpickle import unpickle_folder
 
 DESCRIBED = {

@@ -62,11 +62,11 @@ class ReferenceCheckpoint:
         """
         if name not in self.inputs:
             raise NotComparableError(f"inputs.npz lacks {name}")
-        return _tensor(self.inputs[name])
+        return as_tensor(self.inputs[name])
 
     def output(self, name: str) -> Tensor | None:
         """Give an array of `outputs.npz`, to compute with, or None."""
-        return _tensor(self.outputs[name]) if name in self.outputs else None
+        return as_tensor(self.outputs[name]) if name in self.outputs else None
 
     def pixels(self) -> Float[Tensor, "B C H W"]:
         """Give the pixels of all rows."""
@@ -161,7 +161,8 @@ class ReferenceCheckpoint:
         return bool(((tokens >= first) & (tokens < first + count)).all())
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def as_tensor(array: np.ndarray) -> Tensor:
+    """Make a tensor to compute with, integers in 64 bit."""
     return torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array)
 
 

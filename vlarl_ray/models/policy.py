@@ -24,11 +24,11 @@ from vlarl_ray.models.chunk_policy import ChunkPolicyModel
 from vlarl_ray.models.distributions import samples_to_numpy, samples_to_torch
 from vlarl_ray.models.heads import HEADS, ScaleHead, ValueHead
 from vlarl_ray.models.lora import lora_layers
-from vlarl_ray.models.official import HEADS_FILE, official_weights
+from vlarl_ray.models.official import official_weights
 from vlarl_ray.models.proprio import ProprioNormalizer
 from vlarl_ray.models.tokenizer import PromptTokenizer
 from vlarl_ray.models.vit import LayerScale
-from vlarl_ray.models.weight_files import MAX_FILE_BYTES, WeightFiles, remove_weights, write_files
+from vlarl_ray.models.weight_files import HEADS_FILE, MAX_FILE_BYTES, WeightFiles, remove_weights, write_files
 from vlarl_ray.registry import MODELS, resolve
 from vlarl_ray.types import ActionChunk, Observation
 
@@ -274,8 +274,9 @@ def load_model(
     model.load_state_dict(tensors, assign=True)
     for name, module in model.named_children():
         module.to(torch.float32 if f"{name}." in HEADS else DTYPES[dtype])
-    for parameter in model.parameters(recurse=False):
-        parameter.data = parameter.data.to(DTYPES[dtype])
+    for own in (*model.parameters(recurse=False), *model.buffers(recurse=False)):
+        if own.is_floating_point():
+            own.data = own.data.to(DTYPES[dtype])
     return model.eval()
 
 
@@ -340,13 +341,15 @@ def describe_policy(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist; a policy folder holds config.json, model.safetensors and tokenizer.json."
+            f"{path} does not exist; a policy folder holds config.json and model.safetensors, and so does a published "
+            "checkpoint."
         )
     try:
         description = json.loads(path.read_text())
         if description.get("format") != FORMAT:
             raise ValueError(
-                f"{path}: format = {description.get('format')!r}, expected {FORMAT!r}; this is no policy folder."
+                f"{path}: format = {description.get('format')!r}, expected {FORMAT!r}; this is no policy "
+                "folder, nor a checkpoint of OpenVLA (model_type: openvla) or QueST (autoencoder, policy_prior)."
             )
         description["model"] = TypeAdapter(ModelConfig).validate_python(description["model"])
         description["action_statistics"] = _with_tuples(description["action_statistics"])

@@ -1,4 +1,4 @@
-"""Write a policy in the published layout of OpenVLA or OpenVLA-OFT.
+"""Write a policy in the published layout of OpenVLA, OpenVLA-OFT or QueST.
 
 What was imported goes back with its own `config.json` and statistics. A policy made here gets a `config.json` with its
 dimensions in a block `tiny`, which this package reads; published code knows the released dimensions only. The heads of
@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlarl_ray.config import ModelConfig, TowerConfig
-from vlarl_ray.models.official import HEADS_FILE
 from vlarl_ray.models.openvla import padded_vocab_size
 from vlarl_ray.models.openvla_oft import COMPONENTS
 from vlarl_ray.models.policy import describe_policy, policy_weights
+from vlarl_ray.models.quest_export import write_quest
 from vlarl_ray.models.tokenizer import PromptTokenizer
-from vlarl_ray.models.weight_files import MAX_FILE_BYTES, WeightFiles, write_files
+from vlarl_ray.models.weight_files import HEADS_FILE, MAX_FILE_BYTES, WeightFiles, write_files
 from vlarl_ray.registry import MODELS, resolve
 
 _OWN_KEY = "vlarl_ray"
@@ -50,36 +50,45 @@ def export_policy(policy_dir: Path, folder: Path, *, max_file_bytes: int = MAX_F
     model: ModelConfig = description["model"]
     _check_has_counterpart(model)
     weights = policy_weights(policy_dir)
-    official = description["metadata"].get("official", {})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as partial:
         new = Path(partial) / folder.name
         new.mkdir()
-        write_files(new, _backbone(model, weights), max_file_bytes=max_file_bytes)
-        _write_heads(new, weights)
-        path = policy_dir / "tokenizer.json"
-        tokenizer = PromptTokenizer.load(path, model.prompt_style) if path.exists() else None
-        statistics = official.get("statistics") or {_OWN_KEY: _statistics(description)}
-        config = official.get("config") or {**_config(model, tokenizer), "norm_stats": statistics}
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if model.architecture == "openvla_oft":
-            (new / "dataset_statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
-        if model.preprocessing.interpolation != "bilinear":
-            processor = model.preprocessing.to_official(model.image_size)
-            (new / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-        if tokenizer is not None:
-            shutil.copy(path, new)
+        if model.architecture == "quest":
+            write_quest(new, description, weights, max_file_bytes=max_file_bytes)
+        else:
+            write_files(new, _backbone(model, weights), max_file_bytes=max_file_bytes)
+            _write_heads(new, weights)
+            _write_descriptions(new, policy_dir, description)
         new.rename(folder)
     return folder
 
 
+def _write_descriptions(folder: Path, policy_dir: Path, description: Mapping[str, Any]) -> None:
+    """Write all that an OpenVLA checkpoint holds besides tensors."""
+    model: ModelConfig = description["model"]
+    official = description["metadata"].get("official", {})
+    path = policy_dir / "tokenizer.json"
+    tokenizer = PromptTokenizer.load(path, model.prompt_style) if path.exists() else None
+    statistics = official.get("statistics") or {_OWN_KEY: _statistics(description)}
+    config = official.get("config") or {**_config(model, tokenizer), "norm_stats": statistics}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if model.architecture == "openvla_oft":
+        (folder / "dataset_statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    if model.preprocessing.interpolation != "bilinear":
+        processor = model.preprocessing.to_official(model.image_size)
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    if tokenizer is not None:
+        shutil.copy(path, folder)
+
+
 def _check_has_counterpart(model: ModelConfig) -> None:
     is_openvla = model.architecture == "openvla" and model.decoding == "autoregressive" and model.chunk_length == 1
-    if not is_openvla and model.architecture != "openvla_oft":
+    if not is_openvla and model.architecture not in ("openvla_oft", "quest"):
         raise ValueError(
             f"model.architecture = {model.architecture!r} with decoding {model.decoding!r} and chunks of "
-            f"{model.chunk_length}: published layouts hold openvla with autoregressive decoding of single actions, and "
-            "openvla_oft; other policies are shared as policy folders."
+            f"{model.chunk_length}: published layouts hold openvla with autoregressive decoding of single actions, "
+            "openvla_oft, and quest; other policies are shared as policy folders."
         )
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEADS_FILE = "heads.safetensors"
+"""Of our own: heads that only RL needs, beside a checkpoint or in the folder that refers to one."""
 MAX_FILE_BYTES = 5_000_000_000
 """Of a file that is written, as Hugging Face cuts checkpoints."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
