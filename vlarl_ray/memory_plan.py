@@ -21,7 +21,7 @@ from vlarl_ray.live_bytes import LiveBytes
 from vlarl_ray.models.base import PolicyInputs
 from vlarl_ray.models.chunk_policy import ChunkPolicyModel
 from vlarl_ray.models.heads import HEADS
-from vlarl_ray.models.lora import attach_lora
+from vlarl_ray.models.lora import adapter_dropout, attach_lora
 from vlarl_ray.models.policy import DTYPES
 from vlarl_ray.registry import ALGORITHMS, MODELS, resolve
 
@@ -127,7 +127,8 @@ def _activation_bytes(cfg: ExperimentConfig, model: ChunkPolicyModel, proprio_di
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
             known.append(parameter.grad)
-    with _flash_attention(), LiveBytes(known=known) as live:
+    seeds = np.zeros(rows, np.int64)  # nothing is drawn here
+    with _flash_attention(), adapter_dropout(model, seeds), LiveBytes(known=known) as live:
         output = model(inputs, tokens)
         logprobs = output.actions.log_prob(tokens, temperature=1.0)
         entropy = output.actions.entropy(temperature=1.0)

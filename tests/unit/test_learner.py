@@ -7,6 +7,7 @@ import torch
 from tests.learner_runs import LENGTHS, build, fixed_batch, run_ranks, three_updates
 from tests.tiny_model import algorithm_config, learner_config, make_trajectories, tiny_model
 from vlarl_ray.algorithms.ppo import PPO
+from vlarl_ray.config import LoraConfig
 from vlarl_ray.learner.batch import deal_trajectories
 from vlarl_ray.learner.fsdp import Ranks
 from vlarl_ray.learner.group import LearnerGroup
@@ -26,6 +27,7 @@ JOBS = {
     "KL stop": ("three_updates", {"algorithm": {"target_kl": 1e-6}, "learner": {"actor_learning_rate": 0.01}}),
     "rank without rows": ("three_updates", {"algorithm": {"num_minibatches": 13}}),  # minibatches of 2 and 1
     "KL penalty": ("three_updates", {"algorithm": {"kl_coef": 0.1, "entropy_coef": 0.01}}),
+    "LoRA dropout": ("three_updates", {"learner": {"lora": LoraConfig(rank=3, alpha=6.0, dropout=0.3)}}),
     "OpenVLA": ("three_updates", {"openvla": {}}),
     "OpenVLA autoregressive, separate critic": (
         "three_updates",

@@ -218,7 +218,11 @@ class Learner:
         self._ranks.leave()
 
     def _plan(self, batch: TrainBatch) -> list[Minibatch]:
-        minibatches = [Minibatch(rows, self._deal(rows)) for rows in self._cut(len(batch), batch.policy_version)]
+        version, size = batch.policy_version, len(batch)
+        minibatches = [
+            Minibatch(rows, self._deal(rows, num_rows=size, version=version, minibatch=index))
+            for index, rows in enumerate(self._cut(size, version))
+        ]
         demos = batch.demos
         if demos is None:
             return minibatches
@@ -228,9 +232,9 @@ class Learner:
             replace(
                 minibatch,
                 num_clone_tokens=float(max(1, counted[rows].sum())),
-                clone_passes=self._deal(rows),
+                clone_passes=self._deal(rows, num_rows=len(demos), version=version, minibatch=index, is_cloning=True),
             )
-            for minibatch, rows in zip(minibatches, self._cut(len(demos), batch.policy_version), strict=True)
+            for index, (minibatch, rows) in enumerate(zip(minibatches, self._cut(len(demos), version), strict=True))
         ]
 
     def _cut(self, num_rows: int, version: int) -> list[Int[np.ndarray, " M"]]:
@@ -242,11 +246,18 @@ class Learner:
             for rows in epoch_minibatches(num_rows, cfg.num_minibatches, seed=self._seed, version=version, epoch=epoch)
         ]
 
-    def _deal(self, rows: Int[np.ndarray, " M"]) -> list[DealtRows]:
+    def _deal(
+        self, rows: Int[np.ndarray, " M"], *, num_rows: int, version: int, minibatch: int, is_cloning: bool = False
+    ) -> list[DealtRows]:
+        """Deal a minibatch of a batch of `num_rows`; with dropout, give every row its seed."""
         ranks = self._ranks
-        return deal_rows(
+        passes = deal_rows(
             rows, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=self._cfg.micro_batch_size
         )
+        if not self._cfg.lora.dropout:
+            return passes
+        draw = {"seed": self._seed, "version": version, "minibatch": minibatch, "is_cloning": is_cloning}
+        return [dealt.with_dropout(num_rows=num_rows, **draw) for dealt in passes]
 
     def optimizers(self) -> list[ShardOptimizer]:
         """That of the policy and, with a critic, that of the value head."""

@@ -22,6 +22,7 @@ from vlarl_ray.learner.batch import BatchReader, DealtRows, DemoReader, MicroBat
 from vlarl_ray.learner.fsdp import Ranks
 from vlarl_ray.learner.optimizer import ShardOptimizer
 from vlarl_ray.models.base import VLAModel
+from vlarl_ray.models.lora import adapter_dropout
 from vlarl_ray.types import TrainBatch
 
 
@@ -123,7 +124,8 @@ class Updater:
         maxima: dict[str, Tensor] = {}
         for index, dealt in enumerate(minibatch.passes):
             self._sync_gradients(is_last=index == len(minibatch.passes) - 1)
-            terms, faults = self._backward(reader.read(dealt), batch, normalizers, warms_up=warms_up)
+            with adapter_dropout(self._model, dealt.dropout_seeds):
+                terms, faults = self._backward(reader.read(dealt), batch, normalizers, warms_up=warms_up)
             shares = {"policy_loss": terms.policy.detach(), "value_loss": terms.value.detach(), **terms.sums, **faults}
             for name, value in shares.items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -150,10 +152,11 @@ class Updater:
         for index, dealt in enumerate(minibatch.clone_passes):
             self._sync_gradients(is_last=index == len(minibatch.clone_passes) - 1)
             rows = reader.read(dealt)
-            output = self._model(rows.inputs, rows.tokens)
-            logprobs = output.actions.log_prob(rows.tokens, temperature=batch.temperature)
-            loss = cloning_loss(logprobs, rows.mask, normalizer=minibatch.num_clone_tokens)
-            (loss * self._ranks.world_size + 0.0 * output.values.sum()).backward()
+            with adapter_dropout(self._model, dealt.dropout_seeds):
+                output = self._model(rows.inputs, rows.tokens)
+                logprobs = output.actions.log_prob(rows.tokens, temperature=batch.temperature)
+                loss = cloning_loss(logprobs, rows.mask, normalizer=minibatch.num_clone_tokens)
+                (loss * self._ranks.world_size + 0.0 * output.values.sum()).backward()
             share = loss.detach()
             sums["bc_loss"] = sums["bc_loss"] + share if "bc_loss" in sums else share
         sums["squared_grad_norm_bc"] = self._actor.squared_grad_norm()

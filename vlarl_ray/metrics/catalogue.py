@@ -91,7 +91,9 @@ _LEARN = {
     "learn/clip_fraction": Metric("1", "Ratios outside the clip range / all ratios."),
     "learn/ratio_max": Metric("1", "Largest importance ratio."),
     "learn/ratio_error": Metric("1", "Largest |ratio - 1| of a minibatch, mean over minibatches."),
-    "learn/first_ratio_error": Metric("1", "Largest |ratio - 1| of the first minibatch, before any step."),
+    "learn/first_ratio_error": Metric(
+        "1", "Largest |ratio - 1| of the first minibatch, before any step; with `learner.lora.dropout`, what that does."
+    ),
     "learn/explained_variance": Metric("1", "1 - var(returns - old values) / var(returns); 0 for constant returns."),
     "learn/grad_norm_actor": Metric("1", "Gradient norm of the policy before clipping, mean over minibatches."),
     "learn/grad_norm_critic": Metric("1", "Gradient norm of the value head before clipping, mean over minibatches."),
