@@ -209,14 +209,17 @@ def adapter_dropout(model: nn.Module, seeds: RowSeeds | None) -> Iterator[None]:
             layer.row_seeds = None
 
 
-def save_adapter(folder: Path, adapters: Adapters, heads: Mapping[str, Tensor], config: LoraConfig) -> None:
+def save_adapter(
+    folder: Path, adapters: Adapters, heads: Mapping[str, Tensor], config: LoraConfig, *, base: str | None = None
+) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` reads, with the heads (which PEFT would drop) beside it.
 
     Args:
-        folder: Gets `adapter_config.json`, `adapter_model.safetensors` and `heads.safetensors`.
+        folder: Gets `adapter_config.json`, `adapter_model.safetensors` and, if there are heads, `heads.safetensors`.
         adapters: See `adapter_tensors`; full tensors.
         heads: See `head_tensors`; full tensors.
         config: The adapters' configuration.
+        base: Where the model is that they adapt.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -226,7 +229,7 @@ def save_adapter(folder: Path, adapters: Adapters, heads: Mapping[str, Tensor], 
         tensors[f"{module}.lora_B.weight"] = b.detach().cpu().contiguous()
     description = {
         "peft_type": "LORA",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -237,7 +240,8 @@ def save_adapter(folder: Path, adapters: Adapters, heads: Mapping[str, Tensor], 
         "task_type": None,
     }
     save_file(tensors, folder / "adapter_model.safetensors")
-    save_file({name: head.detach().cpu().contiguous() for name, head in heads.items()}, folder / "heads.safetensors")
+    if heads:
+        save_file({name: h.detach().cpu().contiguous() for name, h in heads.items()}, folder / "heads.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -259,7 +263,9 @@ def load_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[s
                 f"{folder}: adapter tensor {error} is missing; the folder is damaged or no plain LoRA."
             ) from error
         adapters[module.removeprefix(_PEFT_PREFIX) + ".weight"] = pair
-    return adapters, load_file(folder / "heads.safetensors"), description["lora_alpha"] / description["r"]
+    heads = folder / "heads.safetensors"
+    scale = description["lora_alpha"] / description["r"]
+    return adapters, load_file(heads) if heads.exists() else {}, scale
 
 
 def _target_names(model: VLAModel, config: LoraConfig) -> list[str]:
