@@ -75,6 +75,11 @@ def plan_memory(cfg: ExperimentConfig, *, proprio_dim: int = 0, is_sharded: bool
     return MemoryPlan((*_plan_rank(cfg, proprio_dim, is_sharded=is_sharded), *_plan_server(cfg, proprio_dim)))
 
 
+def plan_learner(cfg: ExperimentConfig, *, proprio_dim: int = 0) -> MemoryPlan:
+    """List what each learner rank holds at its peak, on FSDP; arguments and parts as of `plan_memory`."""
+    return MemoryPlan(tuple(_plan_rank(cfg, proprio_dim, is_sharded=True)))
+
+
 def _plan_rank(cfg: ExperimentConfig, proprio_dim: int, *, is_sharded: bool) -> Iterator[MemoryPart]:
     process, learner = "learner rank", cfg.learner
     num_ranks = learner.num_ranks if is_sharded else 1

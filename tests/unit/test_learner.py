@@ -123,6 +123,18 @@ def test_a_group_merges_the_scores_of_its_ranks_in_trajectory_order(two_ranks):
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-6)
 
 
+def test_every_rank_measures_its_share_of_memory(one_rank, two_ranks):
+    alone, first, second = (results["OpenVLA"]["memory"] for results in (one_rank, *two_ranks))
+    for rank in (first, second):
+        assert (alone.pass_rows, rank.pass_rows) == (5, 5)
+        # Tensors of an odd number of rows are shared out unevenly.
+        assert rank.weights == pytest.approx(alone.weights / 2, rel=0.1)
+        assert rank.optimizer == pytest.approx(alone.optimizer / 2, rel=0.2)
+    assert first.weights + second.weights == alone.weights
+    assert first.optimizer + second.optimizer == alone.optimizer
+    assert first.total == first.weights + first.optimizer + first.passes
+
+
 def test_f12_real_policy_starts_at_ratio_one_and_leaves_it(one_rank):
     metrics = one_rank["OpenVLA"]["metrics"]
     assert metrics[0]["learn/first_ratio_error"] < 1e-4

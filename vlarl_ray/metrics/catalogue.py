@@ -124,6 +124,10 @@ _PUBLISH = {
     "publish/delta_kept": Metric("1", "Projection of the served weight change on the trained one; 1 loses nothing."),
     "canary/max_abs_logprob_diff": Metric("nats", "Largest server - learner difference on the probe batch."),
     "memory/peak_bytes": Metric("bytes", "Largest summed memory of the run's processes on this machine so far."),
+    "memory/planned_bytes": Metric(
+        "bytes", "Tensors of a learner rank as planned (`vlarl doctor`), in the first update that trains everything."
+    ),
+    "memory/measured_bytes": Metric("bytes", "What they take there: weights, optimiser, peak of the passes."),
     "time/gpu_s": Metric("GPU-s", "Reserved GPUs x wall time of the iteration."),
 }
 
