@@ -41,8 +41,8 @@ FIVE_TASKS = (
 DYNAMIC = ("--sampling.dynamic", "true", "--rollout.groups_per_update", 56)
 """Groups that are kept; some 96 are attempted, so that an update takes as many env steps as without."""
 SELF_BC = ("--algorithm.self_bc.seed_demos", 0, "--algorithm.self_bc.capacity", 300)
-"""No demonstrations, as these are no better than the policy; room for some two updates' successes, as the shortest of them
-are those that started next to the goal."""
+"""No demonstrations, as these are no better than the policy; room for the successes of two updates, as the shortest are
+those that started next to the goal, and a small buffer would hold nothing else."""
 FRONTIER = ("--sampling.curriculum", "frontier", "--sampling.curriculum_temperature", 0.5)
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "ppo": (),

@@ -55,6 +55,7 @@ def three_updates(
         "update": learner.weight_update(num_updates),
         "state": learner.state_dict(),
         "scores": scores,
+        "memory": learner.measured_memory(),
     }
     learner.shutdown()
     return result

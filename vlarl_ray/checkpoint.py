@@ -130,6 +130,30 @@ def load_latest(run_dir: str, *, filesystem: fs.FileSystem | None = None) -> Che
     return None
 
 
+def load(folder: str) -> Checkpoint:
+    """Load one checkpoint, for example to take the policy of an earlier update.
+
+    Args:
+        folder: Path or URI of its folder.
+
+    Raises:
+        CheckpointError: If it is no checkpoint, or not what was committed.
+    """
+    system, path = open_run_dir(folder)
+    match = _FOLDER.fullmatch(path.rstrip("/").rpartition("/")[2])
+    if match is None or not _is_file(system, f"{path}/{MANIFEST}"):
+        raise CheckpointError(f"{folder} is no committed checkpoint; name a folder of RUN_DIR/checkpoints.")
+    try:
+        return _load(system, path.rstrip("/"), step=int(match[2]))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}.") from error
+
+
+def is_checkpoint(folder: str) -> bool:
+    """Whether a folder's name is that of a checkpoint."""
+    return _FOLDER.fullmatch(folder.rstrip("/").rpartition("/")[2]) is not None
+
+
 def _serialize(arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> dict[str, bytes]:
     """Turn the content into bytes per file, `state.json` last.
 

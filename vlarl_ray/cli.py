@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
-_FLAGS = ("-h", "--help", "--inline", "--resume")
+_FLAGS = ("-h", "--help", "--inline", "--resume", "--adapter")
 _CONFIG_USAGE = "vlarl {name} [PRESET.yaml] {flags}[--run-dir DIR] [--seed N] [--section.field value ...]"
 
 
@@ -214,10 +214,17 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError("--to is missing; write vlarl export RUN_DIR --to FOLDER.")
     from pathlib import Path
 
+    from vlarl_ray.checkpoint import is_checkpoint
     from vlarl_ray.models.policy_export import export_policy
+    from vlarl_ray.trained_policy import export_adapter, export_checkpoint
 
-    own = [folder for name in ("policy_final", "policy") if (folder := Path(run_dir) / name).is_dir()]
-    return _print(str(export_policy(own[0] if own else Path(run_dir), Path(target))))
+    source, folder = Path(run_dir), Path(target)
+    if args.adapter:
+        return _print(str(export_adapter(source, folder)))
+    if is_checkpoint(run_dir):
+        return _print(str(export_checkpoint(source, folder)))
+    own = [path for name in ("policy_final", "policy") if (path := source / name).is_dir()]
+    return _print(str(export_policy(own[0] if own else source, folder)))
 
 
 def _take(overrides: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -258,10 +265,12 @@ COMMANDS = {
     "collect": Command("Collect demonstrations with the scripted experts.", _collect),
     "report": Command("Write report.html of a run folder.", _report, takes_config=False),
     "export": Command(
-        "Write a run's policy, or a policy folder, in the published layout of OpenVLA, OpenVLA-OFT or QueST.",
+        "Write the policy of a run, a checkpoint or a policy folder in the published layout of OpenVLA, OpenVLA-OFT or "
+        "QueST; with --adapter, a run's or checkpoint's adapters as PEFT reads them, heads beside them.",
         _export,
+        flags=("--adapter",),
         takes_config=False,
-        more_usage=" --to FOLDER",
+        more_usage=" --to FOLDER [--adapter]",
     ),
     "doctor": Command(
         "Check what this machine offers (OpenGL, torch, Ray, disk, memory), and what a preset's tensors need of it.",

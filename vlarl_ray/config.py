@@ -224,6 +224,8 @@ class LoraConfig:
     """Scale numerator: the merged weight is W + alpha/rank * B A."""
     target_modules: Annotated[str, Field(min_length=1)] = "all-linear"
     """`all-linear`, or a regular expression over module names."""
+    dropout: Decay = 0.0
+    """Of the adapters' inputs while they learn. Scores are taken without it: ratios differ from 1 at the first step."""
     include_lm_head: bool = True
     """Adapt the output head too, which `all-linear` leaves out."""
 

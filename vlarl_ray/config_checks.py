@@ -256,6 +256,7 @@ def _learning(cfg: ExperimentConfig) -> Iterator[Problem]:
             yield Problem(
                 (path, "learner.train"), f"{path} = {value_at(cfg, path)} with learner.train = full: {advice}."
             )
+    yield from _dropout(cfg)
     episodes = cfg.rollout.groups_per_update * cfg.rollout.group_size
     if learner.num_ranks > episodes:
         advice = f"an update has {episodes} episodes, so some rank would get none; set at most {episodes}"
@@ -269,6 +270,24 @@ def _learning(cfg: ExperimentConfig) -> Iterator[Problem]:
         )
         fields = ("algorithm.num_minibatches", "learner.num_ranks", "rollout.groups_per_update", "rollout.group_size")
         yield Problem(fields, f"algorithm.num_minibatches = {algorithm.num_minibatches}: {advice}.")
+
+
+def _dropout(cfg: ExperimentConfig) -> Iterator[Problem]:
+    path, dropout = "learner.lora.dropout", cfg.learner.lora.dropout
+    if dropout == 0:
+        return
+    if cfg.learner.train == "full":
+        advice = "is of adapters, and learner.train = full has none; set learner.train = lora, or leave this out"
+        yield Problem((path, "learner.train"), f"{path} = {dropout}: {advice}.")
+    # Both act on the KL of an update, which dropout makes positive before the weights have moved.
+    steered = {
+        "algorithm.target_kl": cfg.algorithm.target_kl is not None,
+        "algorithm.self_bc.schedule": (cfg.algorithm.name, cfg.algorithm.self_bc.schedule)
+        == ("chunk_ppo", "kl_target"),
+    }
+    for other in (name for name, is_set in steered.items() if is_set):
+        advice = f"its noise is part of the KL that {other} = {value_at(cfg, other)} goes by; leave out one of them"
+        yield Problem((path, other), f"{path} = {dropout}: {advice}.")
 
 
 def _rollout(cfg: ExperimentConfig) -> Iterator[Problem]:

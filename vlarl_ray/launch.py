@@ -311,6 +311,7 @@ def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack)
 def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder: RunRecorder | None) -> Any:
     """Connect the components; the result is what `train` and `evaluate` work on."""
     from vlarl_ray.learner.group import LearnerGroup
+    from vlarl_ray.memory_check import MemoryCheck
     from vlarl_ray.registry import ALGORITHMS, MODELS, resolve
     from vlarl_ray.train import System
     from vlarl_ray.weights.canary import make_probe
@@ -349,6 +350,7 @@ def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder
         weights=publisher,
         recorder=recorder,
         transport=where.transport,
+        memory=MemoryCheck(cfg, learner, num_ranks=len(where.ranks), proprio_dim=suite.proprio_dim),
     )
 
 

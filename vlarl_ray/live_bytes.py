@@ -14,18 +14,19 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Follows every storage that an operation makes until it is freed; a storage with many views counts once.
 
-    What FSDP frees by resizing a storage counts on: use it on unsharded models.
-
     Args:
         known: Tensors that were there before and are not to count.
+        resized: Tensors whose storage is emptied and filled again, as FSDP does it: they count with what they hold.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, known: Iterable[Tensor] = (), resized: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._resized = [tensor.untyped_storage() for tensor in resized]
         # Keyed by storage objects: torch keeps one per storage alive for as long as the storage is.
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self._seen.update(self._resized)
         self.now = 0
-        """Bytes alive."""
+        """Bytes alive, without what is resized."""
         self.peak = 0
         """Most bytes that were alive at once."""
 
@@ -38,6 +39,8 @@ class LiveBytes(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self._count(value)
+        if self._resized:
+            self.peak = max(self.peak, self.now + sum(storage.nbytes() for storage in self._resized))
         return result
 
     def _count(self, tensor: Tensor) -> None:

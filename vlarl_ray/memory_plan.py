@@ -21,7 +21,7 @@ from vlarl_ray.live_bytes import LiveBytes
 from vlarl_ray.models.base import PolicyInputs
 from vlarl_ray.models.chunk_policy import ChunkPolicyModel
 from vlarl_ray.models.heads import HEADS
-from vlarl_ray.models.lora import attach_lora
+from vlarl_ray.models.lora import adapter_dropout, attach_lora
 from vlarl_ray.models.policy import DTYPES
 from vlarl_ray.registry import ALGORITHMS, MODELS, resolve
 
@@ -73,6 +73,11 @@ def plan_memory(cfg: ExperimentConfig, *, proprio_dim: int = 0, is_sharded: bool
         `sampling` (what else one batch takes).
     """
     return MemoryPlan((*_plan_rank(cfg, proprio_dim, is_sharded=is_sharded), *_plan_server(cfg, proprio_dim)))
+
+
+def plan_learner(cfg: ExperimentConfig, *, proprio_dim: int = 0) -> MemoryPlan:
+    """List what each learner rank holds at its peak, on FSDP; arguments and parts as of `plan_memory`."""
+    return MemoryPlan(tuple(_plan_rank(cfg, proprio_dim, is_sharded=True)))
 
 
 def _plan_rank(cfg: ExperimentConfig, proprio_dim: int, *, is_sharded: bool) -> Iterator[MemoryPart]:
@@ -127,7 +132,8 @@ def _activation_bytes(cfg: ExperimentConfig, model: ChunkPolicyModel, proprio_di
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
             known.append(parameter.grad)
-    with _flash_attention(), LiveBytes(known=known) as live:
+    seeds = np.zeros(rows, np.int64)  # nothing is drawn here
+    with _flash_attention(), adapter_dropout(model, seeds), LiveBytes(known=known) as live:
         output = model(inputs, tokens)
         logprobs = output.actions.log_prob(tokens, temperature=1.0)
         entropy = output.actions.entropy(temperature=1.0)

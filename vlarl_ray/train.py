@@ -12,7 +12,7 @@ TaskSampler -------> EnvWorker xN <---------------> InferenceServer xM <-- Weigh
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,6 +56,8 @@ class System:
     recorder: RunRecorder | None
     """None where nothing is trained."""
     transport: Transport
+    memory: Callable[[], Mapping[str, float]]
+    """Compares, once, what an update takes of memory with what was planned; returns metrics."""
 
 
 def train(cfg: ExperimentConfig, system: System) -> int:
@@ -107,6 +109,7 @@ def train(cfg: ExperimentConfig, system: System) -> int:
         version += 1
         with timer("publish"):
             published = system.weights.publish(version)
+        numbers |= system.memory()
         recorder.log_update(iteration, version, intake.attempted, {**numbers, **ratios, **losses, **published})
         del intake, groups, scores, batch  # frees their frames before the next rollout fills the object store
         if version % cfg.checkpoint.every_updates == 0:

@@ -18,6 +18,7 @@ from vlarl_ray.config import OFTConfig, SamplingConfig, SelfBCConfig
 from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.inference.torch_server import TorchEngine
 from vlarl_ray.launch import run_evaluate, run_sft, run_training
+from vlarl_ray.metrics.logger import read_jsonl
 from vlarl_ray.train import SamplerMismatchError
 from vlarl_ray.weights.canary import CanaryError
 
@@ -56,6 +57,12 @@ def test_the_summary_adds_up(finished_run):
     assert figures["published_bytes_per_update"] == numbers(finished_run)[0]["publish/bytes"]
     assert 0 < figures["published_bytes_per_update"] < figures["model_bytes"]
     assert figures["total_seconds"] > figures["rl_seconds"] > 0
+
+
+def test_the_plan_of_memory_is_compared_once_after_the_first_update_that_trains_everything(finished_run):
+    rows = read_jsonl(finished_run / "metrics.jsonl")
+    assert ["memory/measured_bytes" in row for row in rows] == [False, True, False]  # the first trains the critic only
+    assert rows[1]["memory/planned_bytes"] == pytest.approx(rows[1]["memory/measured_bytes"], rel=0.15)
 
 
 def test_the_sampler_ratio_is_measured_in_every_update(finished_run):

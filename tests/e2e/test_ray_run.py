@@ -16,6 +16,7 @@ ray = pytest.importorskip("ray")
 from tests.e2e.toy_run import episodes, numbers, toy_config, with_lag  # noqa: E402
 from vlarl_ray.config import ClusterConfig, SamplingConfig  # noqa: E402
 from vlarl_ray.launch import run_training  # noqa: E402
+from vlarl_ray.metrics.logger import read_jsonl  # noqa: E402
 from vlarl_ray.remote.cluster import ClusterTooSmallError, connect, reserve, wanted_resources  # noqa: E402
 from vlarl_ray.remote.system import build_remote  # noqa: E402
 
@@ -52,6 +53,8 @@ def test_inline_and_ray_give_equal_numbers(policy, tmp_path, monkeypatch):
     run_training(on_ray, inline=False, resume=False)
     assert numbers(tmp_path / "inline") == numbers(tmp_path / "ray")
     assert episodes(tmp_path / "inline") == episodes(tmp_path / "ray")
+    measured = [read_jsonl(tmp_path / name / "metrics.jsonl")[1]["memory/measured_bytes"] for name in ("inline", "ray")]
+    assert measured[0] == measured[1] > 0
     assert not ray.is_initialized()
 
 

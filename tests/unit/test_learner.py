@@ -7,6 +7,7 @@ import torch
 from tests.learner_runs import LENGTHS, build, fixed_batch, run_ranks, three_updates
 from tests.tiny_model import algorithm_config, learner_config, make_trajectories, tiny_model
 from vlarl_ray.algorithms.ppo import PPO
+from vlarl_ray.config import LoraConfig
 from vlarl_ray.learner.batch import deal_trajectories
 from vlarl_ray.learner.fsdp import Ranks
 from vlarl_ray.learner.group import LearnerGroup
@@ -26,6 +27,7 @@ JOBS = {
     "KL stop": ("three_updates", {"algorithm": {"target_kl": 1e-6}, "learner": {"actor_learning_rate": 0.01}}),
     "rank without rows": ("three_updates", {"algorithm": {"num_minibatches": 13}}),  # minibatches of 2 and 1
     "KL penalty": ("three_updates", {"algorithm": {"kl_coef": 0.1, "entropy_coef": 0.01}}),
+    "LoRA dropout": ("three_updates", {"learner": {"lora": LoraConfig(rank=3, alpha=6.0, dropout=0.3)}}),
     "OpenVLA": ("three_updates", {"openvla": {}}),
     "OpenVLA autoregressive, separate critic": (
         "three_updates",
@@ -119,6 +121,18 @@ def test_a_group_merges_the_scores_of_its_ranks_in_trajectory_order(two_ranks):
         assert len(ours.values) == trajectory.num_decisions + 1
         np.testing.assert_allclose(ours.values, theirs.values, atol=1e-6)
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-6)
+
+
+def test_every_rank_measures_its_share_of_memory(one_rank, two_ranks):
+    alone, first, second = (results["OpenVLA"]["memory"] for results in (one_rank, *two_ranks))
+    for rank in (first, second):
+        assert (alone.pass_rows, rank.pass_rows) == (5, 5)
+        # Tensors of an odd number of rows are shared out unevenly.
+        assert rank.weights == pytest.approx(alone.weights / 2, rel=0.1)
+        assert rank.optimizer == pytest.approx(alone.optimizer / 2, rel=0.2)
+    assert first.weights + second.weights == alone.weights
+    assert first.optimizer + second.optimizer == alone.optimizer
+    assert first.total == first.weights + first.optimizer + first.passes
 
 
 def test_f12_real_policy_starts_at_ratio_one_and_leaves_it(one_rank):

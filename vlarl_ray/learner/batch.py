@@ -8,7 +8,7 @@ All ranks compute the same permutation, so nothing is communicated:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlarl_ray.models.base import PolicyInputs, VLAModel
 from vlarl_ray.models.distributions import Samples, samples_to_torch
+from vlarl_ray.models.lora_dropout import RowSeeds, row_seeds
 from vlarl_ray.types import DemoRows, FrameRef, TrainBatch, spread_mask
 
 Fetch = Callable[[Sequence[FrameRef]], Sequence[Any]]
@@ -32,6 +33,13 @@ class DealtRows:
     """Indices into the batch; padding repeats a real row."""
     real: Bool[np.ndarray, " M"]
     """False for padding, which has weight 0."""
+    dropout_seeds: RowSeeds | None = None
+    """Of the adapters' dropout; None drops nothing."""
+
+    def with_dropout(self, *, num_rows: int, seed: int, version: int, minibatch: int, is_cloning: bool) -> DealtRows:
+        """Give each row its seed; arguments as of `row_seeds`."""
+        options = {"seed": seed, "version": version, "minibatch": minibatch, "is_cloning": is_cloning}
+        return replace(self, dropout_seeds=row_seeds(self.rows, num_rows=num_rows, **options))
 
 
 def epoch_minibatches(

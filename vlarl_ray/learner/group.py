@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Num
 
 from vlarl_ray.learner.batch import deal_trajectories
+from vlarl_ray.learner.memory import MeasuredMemory
 from vlarl_ray.transport import Transport
 from vlarl_ray.types import ActRequest, Scores, TrainBatch, Trajectory
 
@@ -41,6 +42,11 @@ class LearnerGroup:
     def update(self, batch: TrainBatch) -> dict[str, float]:
         """Update the weights; returns metrics `learn/...`, which are global."""
         return self._all("update", batch)[0]
+
+    def measured_memory(self) -> MeasuredMemory | None:
+        """Return what the rank with the most tensors took in the first update that trained everything."""
+        ranks = self._all("measured_memory")
+        return None if None in ranks else max(ranks, key=lambda rank: rank.total)
 
     def weight_update(self, version: int) -> tuple[Any, int, dict[str, str]]:
         """Gather what servers need.

@@ -19,6 +19,7 @@ from vlarl_ray.algorithms.base import Algorithm
 from vlarl_ray.config import LearnerConfig
 from vlarl_ray.learner.batch import BatchReader, DealtRows, DemoReader, Fetch, PromptCache, deal_rows, epoch_minibatches
 from vlarl_ray.learner.fsdp import Ranks, gather_full, shard
+from vlarl_ray.learner.memory import MeasuredMemory, PassMeter, shards
 from vlarl_ray.learner.optimizer import ShardOptimizer
 from vlarl_ray.learner.scoring import Scorer
 from vlarl_ray.learner.update import Minibatch, NonFiniteError, Updater
@@ -107,6 +108,7 @@ class Learner:
             sync_every_pass=cfg.train == "full",
         )
         self._summary: tuple[int, int, dict[str, str]] | None = None
+        self._memory: MeasuredMemory | None = None
 
     def score(self, trajectories: Sequence[Trajectory], fetch: Fetch = list) -> list[Scores]:
         """Score this rank's share of the trajectories. Collective.
@@ -145,12 +147,16 @@ class Learner:
         if batch.demos is not None:
             cloned = np.concatenate([dealt.rows for minibatch in minibatches for dealt in minibatch.clone_passes])
             demo_reader = DemoReader(batch.demos, cloned, fetch, self._prompts, self.model, self._device)
-        metrics = self._updater.run(batch, minibatches, reader, demo_reader)
+        metrics = self._run(batch, minibatches, reader, demo_reader)
         metrics["learning_rate"] = factor * self._cfg.actor_learning_rate
         if self._critic is not None:
             metrics["explained_variance"] = explained_variance(batch.old_values, batch.returns)
         _LOG.info("updated version %d in %d steps", batch.policy_version, int(metrics["num_optimizer_steps"]))
         return {f"learn/{name}": value for name, value in metrics.items()}
+
+    def measured_memory(self) -> MeasuredMemory | None:
+        """Return what this rank's tensors took in its first update that trained everything; None before that."""
+        return self._memory
 
     def weight_update(self, version: int) -> WeightUpdate | None:
         """Gather what servers need of the current weights, called `version`. Collective; None except on rank 0."""
@@ -217,8 +223,29 @@ class Learner:
         """Leave the process group. Collective."""
         self._ranks.leave()
 
+    def _run(
+        self, batch: TrainBatch, minibatches: list[Minibatch], reader: BatchReader, demo_reader: DemoReader | None
+    ) -> dict[str, float]:
+        """Step through the minibatches; the first one that trains everything is measured."""
+        if self._memory is not None or self._updater.warms_up(batch):
+            return self._updater.run(batch, minibatches, reader, demo_reader)
+        meter = PassMeter(self.model, self._device)
+        metrics = self._updater.run(batch, minibatches, reader, demo_reader, first=meter)
+        moments = [moment for optimizer in self.optimizers() for moment in optimizer.moment_shards().values()]
+        self._memory = MeasuredMemory(
+            weights=sum(shard.nbytes for shard in shards(self.model)),
+            optimizer=sum(moment.nbytes for moment in moments),
+            passes=meter.peak,
+            pass_rows=max(len(dealt.rows) for dealt in minibatches[0].passes),
+        )
+        return metrics
+
     def _plan(self, batch: TrainBatch) -> list[Minibatch]:
-        minibatches = [Minibatch(rows, self._deal(rows)) for rows in self._cut(len(batch), batch.policy_version)]
+        version, size = batch.policy_version, len(batch)
+        minibatches = [
+            Minibatch(rows, self._deal(rows, num_rows=size, version=version, minibatch=index))
+            for index, rows in enumerate(self._cut(size, version))
+        ]
         demos = batch.demos
         if demos is None:
             return minibatches
@@ -228,9 +255,9 @@ class Learner:
             replace(
                 minibatch,
                 num_clone_tokens=float(max(1, counted[rows].sum())),
-                clone_passes=self._deal(rows),
+                clone_passes=self._deal(rows, num_rows=len(demos), version=version, minibatch=index, is_cloning=True),
             )
-            for minibatch, rows in zip(minibatches, self._cut(len(demos), batch.policy_version), strict=True)
+            for index, (minibatch, rows) in enumerate(zip(minibatches, self._cut(len(demos), version), strict=True))
         ]
 
     def _cut(self, num_rows: int, version: int) -> list[Int[np.ndarray, " M"]]:
@@ -242,11 +269,18 @@ class Learner:
             for rows in epoch_minibatches(num_rows, cfg.num_minibatches, seed=self._seed, version=version, epoch=epoch)
         ]
 
-    def _deal(self, rows: Int[np.ndarray, " M"]) -> list[DealtRows]:
+    def _deal(
+        self, rows: Int[np.ndarray, " M"], *, num_rows: int, version: int, minibatch: int, is_cloning: bool = False
+    ) -> list[DealtRows]:
+        """Deal a minibatch of a batch of `num_rows`; with dropout, give every row its seed."""
         ranks = self._ranks
-        return deal_rows(
+        passes = deal_rows(
             rows, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=self._cfg.micro_batch_size
         )
+        if not self._cfg.lora.dropout:
+            return passes
+        draw = {"seed": self._seed, "version": version, "minibatch": minibatch, "is_cloning": is_cloning}
+        return [dealt.with_dropout(num_rows=num_rows, **draw) for dealt in passes]
 
     def optimizers(self) -> list[ShardOptimizer]:
         """That of the policy and, with a critic, that of the value head."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from vlarl_ray.learner.batch import BatchReader, DealtRows, DemoReader, MicroBat
 from vlarl_ray.learner.fsdp import Ranks
 from vlarl_ray.learner.optimizer import ShardOptimizer
 from vlarl_ray.models.base import VLAModel
+from vlarl_ray.models.lora import adapter_dropout
 from vlarl_ray.types import TrainBatch
 
 
@@ -72,14 +74,27 @@ class Updater:
         self._critic = critic
         self._sync_every_pass = sync_every_pass
 
+    def warms_up(self, batch: TrainBatch) -> bool:
+        """Whether the critic alone learns from a batch."""
+        return self._critic is not None and batch.policy_version < self._algorithm.cfg.critic_warmup_updates
+
     def run(
         self,
         batch: TrainBatch,
         minibatches: Iterable[Minibatch],
         reader: BatchReader,
         demo_reader: DemoReader | None = None,
+        *,
+        first: AbstractContextManager[object] | None = None,
     ) -> dict[str, float]:
         """Step through the minibatches, or until one exceeds the KL limit. Collective.
+
+        Args:
+            batch: The same on every rank.
+            minibatches: At least one.
+            reader: Of the batch.
+            demo_reader: Of the rows to clone, if there are any.
+            first: Context for the passes of the first minibatch.
 
         Returns:
             Means over the minibatches (maxima for `*_max`), without the `learn/` prefix.
@@ -87,13 +102,13 @@ class Updater:
         Raises:
             NonFiniteError: Naming the tensor and the version.
         """
-        cfg = self._algorithm.cfg
-        warms_up = self._critic is not None and batch.policy_version < cfg.critic_warmup_updates
+        cfg, warms_up = self._algorithm.cfg, self.warms_up(batch)
         self._actor.require_grad(not warms_up)
         records: list[dict[str, float]] = []
         num_steps, stopped = 0, False
-        for minibatch in minibatches:
-            records.append(self._accumulate(batch, minibatch, reader, demo_reader, warms_up=warms_up))
+        for index, minibatch in enumerate(minibatches):
+            with first if first and index == 0 else nullcontext():
+                records.append(self._accumulate(batch, minibatch, reader, demo_reader, warms_up=warms_up))
             stopped = cfg.target_kl is not None and records[-1].get("approx_kl", 0.0) > cfg.target_kl
             if stopped:
                 self._drop_gradients()
@@ -123,7 +138,8 @@ class Updater:
         maxima: dict[str, Tensor] = {}
         for index, dealt in enumerate(minibatch.passes):
             self._sync_gradients(is_last=index == len(minibatch.passes) - 1)
-            terms, faults = self._backward(reader.read(dealt), batch, normalizers, warms_up=warms_up)
+            with adapter_dropout(self._model, dealt.dropout_seeds):
+                terms, faults = self._backward(reader.read(dealt), batch, normalizers, warms_up=warms_up)
             shares = {"policy_loss": terms.policy.detach(), "value_loss": terms.value.detach(), **terms.sums, **faults}
             for name, value in shares.items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -150,10 +166,11 @@ class Updater:
         for index, dealt in enumerate(minibatch.clone_passes):
             self._sync_gradients(is_last=index == len(minibatch.clone_passes) - 1)
             rows = reader.read(dealt)
-            output = self._model(rows.inputs, rows.tokens)
-            logprobs = output.actions.log_prob(rows.tokens, temperature=batch.temperature)
-            loss = cloning_loss(logprobs, rows.mask, normalizer=minibatch.num_clone_tokens)
-            (loss * self._ranks.world_size + 0.0 * output.values.sum()).backward()
+            with adapter_dropout(self._model, dealt.dropout_seeds):
+                output = self._model(rows.inputs, rows.tokens)
+                logprobs = output.actions.log_prob(rows.tokens, temperature=batch.temperature)
+                loss = cloning_loss(logprobs, rows.mask, normalizer=minibatch.num_clone_tokens)
+                (loss * self._ranks.world_size + 0.0 * output.values.sum()).backward()
             share = loss.detach()
             sums["bc_loss"] = sums["bc_loss"] + share if "bc_loss" in sums else share
         sums["squared_grad_norm_bc"] = self._actor.squared_grad_norm()

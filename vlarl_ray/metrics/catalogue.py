@@ -91,7 +91,9 @@ _LEARN = {
     "learn/clip_fraction": Metric("1", "Ratios outside the clip range / all ratios."),
     "learn/ratio_max": Metric("1", "Largest importance ratio."),
     "learn/ratio_error": Metric("1", "Largest |ratio - 1| of a minibatch, mean over minibatches."),
-    "learn/first_ratio_error": Metric("1", "Largest |ratio - 1| of the first minibatch, before any step."),
+    "learn/first_ratio_error": Metric(
+        "1", "Largest |ratio - 1| of the first minibatch, before any step; with `learner.lora.dropout`, what that does."
+    ),
     "learn/explained_variance": Metric("1", "1 - var(returns - old values) / var(returns); 0 for constant returns."),
     "learn/grad_norm_actor": Metric("1", "Gradient norm of the policy before clipping, mean over minibatches."),
     "learn/grad_norm_critic": Metric("1", "Gradient norm of the value head before clipping, mean over minibatches."),
@@ -122,6 +124,10 @@ _PUBLISH = {
     "publish/delta_kept": Metric("1", "Projection of the served weight change on the trained one; 1 loses nothing."),
     "canary/max_abs_logprob_diff": Metric("nats", "Largest server - learner difference on the probe batch."),
     "memory/peak_bytes": Metric("bytes", "Largest summed memory of the run's processes on this machine so far."),
+    "memory/planned_bytes": Metric(
+        "bytes", "Tensors of a learner rank as planned (`vlarl doctor`), in the first update that trains everything."
+    ),
+    "memory/measured_bytes": Metric("bytes", "What they take there: weights, optimiser, peak of the passes."),
     "time/gpu_s": Metric("GPU-s", "Reserved GPUs x wall time of the iteration."),
 }
 

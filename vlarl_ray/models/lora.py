@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlarl_ray.config import LoraConfig
 from vlarl_ray.models.base import VLAModel
 from vlarl_ray.models.heads import HEADS
+from vlarl_ray.models.lora_dropout import RowSeeds, drop
 
 POLICY, CRITIC = "default", "critic"
 """Adapter names: the policy's own (PEFT's default), and that of a separate critic."""
@@ -40,11 +41,14 @@ class LoraLinear(nn.Module):
     Parameters are named like PEFT's (`base_layer.weight`, `lora_A.<adapter>.weight`, `lora_B.<adapter>.weight`).
     Switching does not touch `requires_grad`, where PEFT's `set_adapter` freezes the other adapters. Where the weight is
     fp32 and the rank not small against its size, the pass multiplies by the merged weight: fewer operations, and those
-    of a server that merged.
+    of a server that merged. Inputs of adapters are dropped within `adapter_dropout` only.
     """
 
-    def __init__(self, base: nn.Linear, config: LoraConfig, adapters: Sequence[str]) -> None:
+    def __init__(self, base: nn.Linear, config: LoraConfig, adapters: Sequence[str], *, name: str = "") -> None:
         super().__init__()
+        self.name, self.dropout = name, config.dropout
+        self.row_seeds: RowSeeds | None = None
+        """Where dropout is on: what the masks of the rows of this pass are drawn from."""
         self.base_layer = base
         self.scale = config.alpha / config.rank
         options = {"bias": False, "device": base.weight.device, "dtype": torch.float32}
@@ -63,6 +67,10 @@ class LoraLinear(nn.Module):
         if self.active is None:
             return self.base_layer(x)
         a, b = self.pair(self.active)
+        if self.row_seeds is not None:
+            layer = f"{self.name}:{self.active}"
+            inputs = drop(x.to(a.dtype), self.row_seeds, layer=layer, probability=self.dropout)
+            return self.base_layer(x) + (F.linear(F.linear(inputs, a), b) * self.scale).to(x.dtype)
         if self.merges and self.base_layer.weight.dtype == torch.float32:  # bf16 would round a small delta away
             return F.linear(x, merged_weight(self.base_layer.weight, a, b, self.scale), self.base_layer.bias)
         return self.base_layer(x) + (F.linear(F.linear(x.to(a.dtype), a), b) * self.scale).to(x.dtype)
@@ -83,7 +91,7 @@ def attach_lora(
 
     Args:
         model: A VLA model without adapters, before sharding.
-        config: Which layers, rank and scale.
+        config: Which layers, rank, scale and dropout.
         seed: Of A.
         critic: `separate` gives the value head adapters of its own, on the same frozen base.
         detach_value: Stop value gradients at the backbone.
@@ -100,7 +108,7 @@ def attach_lora(
     for name in names:
         parent, _, child = name.rpartition(".")
         holder = model.get_submodule(parent)
-        setattr(holder, child, LoraLinear(getattr(holder, child), config, adapters))
+        setattr(holder, child, LoraLinear(getattr(holder, child), config, adapters, name=name))
     model.critic, model.detach_value = critic, detach_value
     with torch.no_grad():
         for parameter, values in initial_adapters(model, seed):
@@ -179,14 +187,39 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def save_adapter(folder: Path, adapters: Adapters, heads: Mapping[str, Tensor], config: LoraConfig) -> None:
+@contextmanager
+def adapter_dropout(model: nn.Module, seeds: RowSeeds | None) -> Iterator[None]:
+    """Context in which the adapters' inputs are dropped, where `LoraConfig.dropout` says so; outside they never are.
+
+    A backward pass belongs inside too, as it may compute layers again.
+
+    Args:
+        model: With adapters attached, or without.
+        seeds: One for each row of the passes inside; None drops nothing.
+    """
+    layers = []
+    if seeds is not None:
+        layers = [module for module in model.modules() if isinstance(module, LoraLinear) and module.dropout > 0]
+    for layer in layers:
+        layer.row_seeds = seeds
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.row_seeds = None
+
+
+def save_adapter(
+    folder: Path, adapters: Adapters, heads: Mapping[str, Tensor], config: LoraConfig, *, base: str | None = None
+) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` reads, with the heads (which PEFT would drop) beside it.
 
     Args:
-        folder: Gets `adapter_config.json`, `adapter_model.safetensors` and `heads.safetensors`.
+        folder: Gets `adapter_config.json`, `adapter_model.safetensors` and, if there are heads, `heads.safetensors`.
         adapters: See `adapter_tensors`; full tensors.
         heads: See `head_tensors`; full tensors.
         config: The adapters' configuration.
+        base: Where the model is that they adapt.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -196,10 +229,10 @@ def save_adapter(folder: Path, adapters: Adapters, heads: Mapping[str, Tensor], 
         tensors[f"{module}.lora_B.weight"] = b.detach().cpu().contiguous()
     description = {
         "peft_type": "LORA",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": config.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -207,7 +240,8 @@ def save_adapter(folder: Path, adapters: Adapters, heads: Mapping[str, Tensor], 
         "task_type": None,
     }
     save_file(tensors, folder / "adapter_model.safetensors")
-    save_file({name: head.detach().cpu().contiguous() for name, head in heads.items()}, folder / "heads.safetensors")
+    if heads:
+        save_file({name: h.detach().cpu().contiguous() for name, h in heads.items()}, folder / "heads.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -229,7 +263,9 @@ def load_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[s
                 f"{folder}: adapter tensor {error} is missing; the folder is damaged or no plain LoRA."
             ) from error
         adapters[module.removeprefix(_PEFT_PREFIX) + ".weight"] = pair
-    return adapters, load_file(folder / "heads.safetensors"), description["lora_alpha"] / description["r"]
+    heads = folder / "heads.safetensors"
+    scale = description["lora_alpha"] / description["r"]
+    return adapters, load_file(heads) if heads.exists() else {}, scale
 
 
 def _target_names(model: VLAModel, config: LoraConfig) -> list[str]:

@@ -206,6 +206,10 @@ class LearnerRankActor:
         """Update the weights."""
         return self._learner.update(batch, _fetch)
 
+    def measured_memory(self) -> Any:
+        """Bytes of this rank's tensors in an update."""
+        return self._learner.measured_memory()
+
     def weight_update(self, version: int) -> WeightUpdate | None:
         """Gather what servers need; stays in the object store."""
         return self._learner.weight_update(version)
