@@ -118,6 +118,17 @@ def test_a_checkpoint_for_another_robot_is_refused_before_anything_is_simulated(
     assert not (tmp_path / "run").exists()
 
 
+def test_frame_steps_are_added_to_what_a_checkpoint_says_of_its_processor(tmp_path):
+    openvla(preprocessing=PreprocessingConfig(interpolation="bicubic")).save(tmp_path / "policy")
+    folder = export_policy(tmp_path / "policy", tmp_path / "official")
+    wanted = ModelConfig(preprocessing=PreprocessingConfig(frame_steps=("jpeg", "center_crop"), crop_area=0.8))
+    found = read_official(folder, wanted).model.preprocessing
+    assert (found.interpolation, found.frame_steps, found.crop_area) == ("bicubic", ("jpeg", "center_crop"), 0.8)
+    letterbox = PreprocessingConfig(frame_steps=("jpeg",), resize_strategy="letterbox")
+    with pytest.raises(ValueError, match=r"model\.preprocessing = .*but the checkpoint"):
+        read_official(folder, ModelConfig(preprocessing=letterbox))
+
+
 def test_a_policy_for_two_cameras_is_refused_where_there_is_one(tmp_path):
     tiny_oft(num_cameras=2, proprio_dim=0).save(tmp_path / "policy")
     export_policy(tmp_path / "policy", tmp_path / "official")
