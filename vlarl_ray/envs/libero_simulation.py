@@ -48,8 +48,8 @@ def package_folder() -> Path:
         if (Path(folder) / "libero" / "bddl_files").is_dir():
             return Path(folder) / "libero"
     raise LiberoUnavailableError(
-        "env.suite: LIBERO is not installed; run pip install --no-deps --no-build-isolation -r requirements-libero.lock "
-        "(in a clone: ./run.sh libero) on every node."
+        "env.suite: LIBERO is not installed; run pip install --no-deps --no-build-isolation -r "
+        "requirements-libero.lock (in a clone: ./run.sh libero) on every node."
     )
 
 
@@ -65,8 +65,8 @@ def assets_folder(given: str | None) -> Path:
             return place
     raise LiberoUnavailableError(
         f"env.assets = {given or 'null'}: LIBERO's assets ({', '.join(_ASSET_FOLDERS)}, ...) are not in "
-        f"{' nor in '.join(map(str, places))}. They are not part of the Python package: take libero/libero/assets of "
-        "the LIBERO repository, or the dataset lerobot/libero-assets, and name the folder."
+        f"{' nor in '.join(map(str, places))}. They are not part of the Python package; take libero/libero/assets "
+        "of the LIBERO repository, or the dataset lerobot/libero-assets, and name the folder with env.assets."
     )
 
 
