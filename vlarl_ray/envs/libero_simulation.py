@@ -15,7 +15,7 @@ import pickle
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class LiberoSimulation:
         with _numpy_seeded(seed), _missing_assets_named(task_id, assets):
             self._env: Any = _build(bddl_file, assets, has_noise=init_state is None)
             self.seen: Any = self._keep_what_is_seen()
-            self._observation: Mapping[str, Any] = _reset(self._env)
+            self._observation: Mapping[str, Any] = _placed(task_id, self._env.env.reset)
             if init_state is not None:
                 self._observation = self._env.set_init_state(init_state)
             settle = np.array([0.0] * (ACTION_DIM - 1) + [protocol.settle_gripper])
@@ -150,11 +150,10 @@ class LiberoSimulation:
 
         LIBERO renders then, every env step; copied poses can be drawn when a decision needs them.
         """
-        from robosuite.utils.observables import Observable, sensor
-
+        observables: Any = importlib.import_module("robosuite.utils.observables")
         seen = importlib.import_module("mujoco").MjData(self.model)
 
-        @sensor(modality="poses")
+        @observables.sensor(modality="poses")
         def poses(obs_cache: Mapping[str, Any]) -> float:
             del obs_cache
             now = self._env.sim.data._data
@@ -162,15 +161,15 @@ class LiberoSimulation:
                 getattr(seen, name)[:] = getattr(now, name)
             return 0.0
 
-        self._env.env.add_observable(Observable("poses", poses, sampling_rate=self._env.env.control_freq))
+        rate = self._env.env.control_freq
+        self._env.env.add_observable(observables.Observable("poses", poses, sampling_rate=rate))
         return seen
 
     def _entry(self, name: str) -> np.ndarray:
         if name != "robot0_eef_axis_angle":
             return np.asarray(self._observation[name])
-        from robosuite.utils.transform_utils import quat2axisangle
-
-        return quat2axisangle(np.array(self._observation["robot0_eef_quat"]))
+        transforms: Any = importlib.import_module("robosuite.utils.transform_utils")
+        return transforms.quat2axisangle(np.array(self._observation["robot0_eef_quat"]))
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -191,35 +190,30 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _build(bddl_file: Path, assets: Path, *, has_noise: bool) -> Any:
-    """Build LIBERO's environment without its renderer; objects are placed anew until they fit."""
+    """Build LIBERO's environment without its renderer."""
     wrapper = _import_libero(assets)
-    from robosuite.utils.errors import RandomizationError
+    return _placed(
+        bddl_file.stem,
+        lambda: wrapper.ControlEnv(
+            bddl_file_name=str(bddl_file),
+            use_camera_obs=False,
+            has_offscreen_renderer=False,
+            hard_reset=False,  # it was built a moment ago
+            ignore_done=True,  # episodes are truncated by whoever runs them
+            initialization_noise="default" if has_noise else None,
+        ),
+    )
 
+
+def _placed(task_id: str, place: Callable[[], Any]) -> Any:
+    """Do what places objects; again where they did not fit (`ControlEnv.reset` does so for ever, on any error)."""
+    errors: Any = importlib.import_module("robosuite.utils.errors")
     for _ in range(_MAX_PLACEMENTS):
         try:
-            return wrapper.ControlEnv(
-                bddl_file_name=str(bddl_file),
-                use_camera_obs=False,
-                has_offscreen_renderer=False,
-                hard_reset=False,  # it was built a moment ago
-                ignore_done=True,  # episodes are truncated by whoever runs them
-                initialization_noise="default" if has_noise else None,
-            )
-        except RandomizationError:
+            return place()
+        except errors.RandomizationError:
             continue
-    raise RuntimeError(f"LIBERO found no place for the objects of {bddl_file.stem} in {_MAX_PLACEMENTS} attempts.")
-
-
-def _reset(env: Any) -> Mapping[str, Any]:
-    """Reset as `ControlEnv.reset` does, which however tries again for ever, whatever the error."""
-    from robosuite.utils.errors import RandomizationError
-
-    for _ in range(_MAX_PLACEMENTS):
-        try:
-            return env.env.reset()
-        except RandomizationError:
-            continue
-    raise RuntimeError(f"LIBERO found no place for the objects of its task in {_MAX_PLACEMENTS} attempts.")
+    raise RuntimeError(f"LIBERO found no place for the objects of {task_id} in {_MAX_PLACEMENTS} attempts.")
 
 
 def _import_libero(assets: Path) -> Any:
