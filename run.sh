@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv, then run the main job on a laptop, or the tests:
 #   ./run.sh laptop [--section.field value ...]     ./run.sh test [pytest arguments]     ./run.sh setup
+#   ./run.sh libero     installs LIBERO too (0.3 GB to download, 1 GB on disk; without its assets)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -33,6 +34,10 @@ case $command in
     setup)
         setup
         ;;
+    libero)
+        setup
+        .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -r requirements-libero.lock
+        ;;
     laptop)
         setup
         # each finding that is not ok names its fix; the run stops by itself where it cannot do without
@@ -44,7 +49,7 @@ case $command in
         exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@"
         ;;
     *)
-        echo "usage: $0 laptop [--section.field value ...] | test [pytest arguments] | setup" >&2
+        echo "usage: $0 laptop [--section.field value ...] | test [pytest arguments] | setup | libero" >&2
         exit 2
         ;;
 esac

@@ -82,12 +82,11 @@ def measure_steps(rounds: int) -> dict[str, float]:
 
 def measure_frames(backend: str, size: int, rounds: int) -> dict[str, float]:
     """CPU-ms of one frame: baseline, fast without thinned meshes, fast, and an empty scene."""
-    from vlarl_ray.envs.metaworld_rendering import FrameRenderer
+    from vlarl_ray.envs.rendering import DrawSettings, FrameRenderer
 
     suite = MetaWorldSuite(TASKS, image_size=size)
-    settings = {"image_size": size, "camera": "corner2"}
-    fast = FrameRenderer(backend, **settings, render_profile="fast")
-    unthinned = FrameRenderer(backend, **settings, render_profile="fast", thin_meshes=False)
+    fast = FrameRenderer(backend, DrawSettings(size, ("corner2",), "fast"))
+    unthinned = FrameRenderer(backend, DrawSettings(size, ("corner2",), "fast", thin_meshes=False))
     cases: dict[str, Callable[[], Any]] = {}
     for task_id in TASKS:
         env = suite.make_env()

@@ -201,8 +201,9 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     lines = list(map(str, findings))
     if job is not None:
         plan = doctor.plan_of(job)
-        findings.append(doctor.check_memory(job, plan))
-        lines += [str(findings[-1]), plan.table]
+        of_job = [*filter(None, [doctor.check_suite(job)]), doctor.check_memory(job, plan)]
+        findings += of_job
+        lines += [*map(str, of_job), plan.table]
     _print("\n".join(lines))
     return EXIT_OK if all(finding.ok for finding in findings) else EXIT_FAILURE
 

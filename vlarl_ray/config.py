@@ -31,8 +31,8 @@ class EnvConfig:
     """Task ids to train and evaluate on; `mt10` and `mt50` stand for Meta-World's sets."""
     image_size: Annotated[int, Field(ge=16, le=1024)] = 64
     """Side of the square camera image, pixels."""
-    camera: str = "corner2"
-    """Camera name."""
+    camera: str | tuple[str, ...] = "corner2"
+    """Camera name, or a list of them: an observation has a frame of each, in this order, the primary camera's first."""
     render_profile: Literal["fast", "full"] = "fast"
     """`fast` drops shadows, reflections, multisampling and fine meshes (13-16x cheaper); recorded with the data."""
     gl_backend: Literal["auto", "egl", "osmesa"] = "auto"
@@ -43,8 +43,15 @@ class EnvConfig:
     """Seed of the task set that training goals come from."""
     eval_seed: NonNegative = 1042
     """Seed of the task set that held-out goals come from; equal goals are removed from training."""
+    assets: str | None = None
+    """LIBERO: folder of its assets (scenes, textures, objects); None looks where LIBERO itself does."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the suite, for suites of your own."""
+    """Further keyword arguments of the suite; those of suites of your own, too."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the cameras, also where there is one."""
+        return (self.camera,) if isinstance(self.camera, str) else self.camera
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -78,7 +85,7 @@ class OFTConfig:
     """What OpenVLA-OFT has beyond OpenVLA; for openvla_oft."""
 
     num_cameras: Positive = 1
-    """Frames per observation, the primary camera's first."""
+    """Frames per observation, as many as `env.camera` names; the primary camera's first."""
     passes: Literal["one", "two"] = "one"
     """`one`: everything sees everything (OpenVLA-OFT). `two`: the prompt does not see what follows it (RIPT-VLA)."""
     detach_prompt: bool = False

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlarl_ray import metaworld_tasks, registry
+from vlarl_ray import registry
 from vlarl_ray.config import ExperimentConfig, OFTConfig, SamplingConfig
 from vlarl_ray.config_fields import field_docs
+from vlarl_ray.env_checks import env_problems, expanded_tasks, expert_problems
 from vlarl_ray.preprocessing_config import PreprocessingConfig
 from vlarl_ray.quest_checks import quest_problems
 
@@ -36,8 +37,7 @@ def check_config(cfg: ExperimentConfig, environ: Mapping[str, str] = os.environ)
     """
     checks = (
         _names,
-        _tasks,
-        _states,
+        _env,
         _model,
         _preprocessing,
         check_quest,
@@ -85,33 +85,9 @@ def _names(cfg: ExperimentConfig) -> Iterator[Problem]:
         yield Problem((path,), f"{path} = {target!r} is no regular expression ({error}); mend it, or write all-linear.")
 
 
-def _tasks(cfg: ExperimentConfig) -> Iterator[Problem]:
-    env = cfg.env
-    if not env.tasks:
-        yield Problem(("env.tasks",), "env.tasks = []: must name at least one task; leave it out for three easy ones.")
-    tasks = metaworld_tasks.expand_tasks(env.tasks) if env.suite == "metaworld" else env.tasks
-    for task in sorted({task for task in tasks if tasks.count(task) > 1}):
-        yield Problem(
-            ("env.tasks",), f"env.tasks names {task!r} more than once; name it once (mt10 and mt50 are sets)."
-        )
-    if env.train_seed == env.eval_seed:
-        message = f"must differ from env.train_seed = {env.train_seed}, or no goal is held out; set another seed"
-        yield Problem(("env.eval_seed", "env.train_seed"), f"env.eval_seed = {env.eval_seed}: {message}.")
-    if env.suite != "metaworld":
-        return
-    for task in tasks:
-        if task not in metaworld_tasks.MT50:
-            advice = registry.suggest(task, [*metaworld_tasks.MT50, "mt10", "mt50"])
-            yield Problem(("env.tasks", "env.suite"), f"env.tasks: {task!r} is no Meta-World task; {advice}.")
-    if env.camera not in metaworld_tasks.CAMERAS:
-        advice = registry.suggest(env.camera, metaworld_tasks.CAMERAS)
-        yield Problem(("env.camera", "env.suite"), f"env.camera = {env.camera!r} is no Meta-World camera; {advice}.")
-    if env.max_env_steps > metaworld_tasks.MAX_ENV_STEPS:
-        allowed = f"Meta-World allows at most {metaworld_tasks.MAX_ENV_STEPS}; lower it"
-        yield Problem(("env.max_env_steps", "env.suite"), f"env.max_env_steps = {env.max_env_steps}: {allowed}.")
-    if cfg.model.action_dim != metaworld_tasks.ACTION_DIM and cfg.policy is None:
-        allowed = f"Meta-World has {metaworld_tasks.ACTION_DIM} action dimensions; set {metaworld_tasks.ACTION_DIM}"
-        yield Problem(("model.action_dim", "env.suite"), f"model.action_dim = {cfg.model.action_dim}: {allowed}.")
+def _env(cfg: ExperimentConfig) -> Iterator[Problem]:
+    for fields, message in env_problems(cfg):
+        yield Problem(fields, message)
 
 
 def _is_importable(module: str) -> bool:
@@ -120,28 +96,6 @@ def _is_importable(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
-
-
-def _states(cfg: ExperimentConfig) -> Iterator[Problem]:
-    """Numbers of episodes against the initial states of Meta-World's task sets: 50 in each."""
-    if cfg.env.suite != "metaworld":
-        return
-    available = metaworld_tasks.NUM_INIT_STATES
-    if cfg.evaluation.states_per_task > available:
-        path = "evaluation.states_per_task"
-        advice = (
-            f"Meta-World has {available} held-out initial states a task, each counted once; set at most {available}"
-        )
-        yield Problem((path, "env.suite"), f"{path} = {cfg.evaluation.states_per_task}: {advice}.")
-    sets = cfg.env.options.get("num_train_sets", 1)
-    wanted = cfg.demos.episodes_per_task
-    if isinstance(sets, int) and cfg.demos.path is None and cfg.demos.action_noise == 0 and wanted > available * sets:
-        path = "demos.episodes_per_task"
-        advice = (
-            f"{available * sets} training initial states give as many different demonstrations without noise; set at "
-            "most that, raise env.options.num_train_sets, or set demos.action_noise > 0"
-        )
-        yield Problem((path, "env.suite", "env.options", "demos.action_noise"), f"{path} = {wanted}: {advice}.")
 
 
 def _model(cfg: ExperimentConfig) -> Iterator[Problem]:
@@ -180,6 +134,11 @@ def _model(cfg: ExperimentConfig) -> Iterator[Problem]:
         fields = ("model.chunk_length", "env.max_env_steps")
         advice = f"a chunk is longer than an episode, env.max_env_steps = {cfg.env.max_env_steps}; shorten the chunk"
         yield Problem(fields, f"model.chunk_length = {model.chunk_length}: {advice}.")
+
+
+def check_start(cfg: ExperimentConfig) -> list[Problem]:
+    """Find out whether the run has something to start from."""
+    return [Problem(fields, message) for fields, message in expert_problems(cfg)]
 
 
 def check_quest(cfg: ExperimentConfig) -> Iterator[Problem]:
@@ -358,8 +317,8 @@ def _memory(cfg: ExperimentConfig) -> Iterator[Problem]:
     iterations = 1 + rollout.max_policy_lag  # the next one rolls out while this one is learned from
     frames = iterations * rollout.groups_per_update * rollout.group_size * (decisions + 1)
     if cfg.algorithm.name == "chunk_ppo":  # the buffer's frames stay in the object store
-        frames += len(cfg.env.tasks) * cfg.algorithm.self_bc.capacity * (decisions + 1)
-    frames *= cfg.model.num_cameras
+        frames += len(expanded_tasks(cfg.env)) * cfg.algorithm.self_bc.capacity * (decisions + 1)
+    frames *= len(cfg.env.cameras)
     planned = frames * cfg.env.image_size**2 * 3
     sizes = ("env.image_size", "env.max_env_steps", "model.chunk_length")
     if planned > rollout.max_inflight_bytes:
@@ -430,6 +389,10 @@ def _trust(cfg: ExperimentConfig) -> Iterator[Problem]:
 
 
 def _paths(cfg: ExperimentConfig, *, in_ray_job: bool) -> Iterator[Problem]:
+    assets = cfg.env.assets
+    if assets is not None and not Path(assets).is_dir():
+        advice = "no such folder; name the one that holds LIBERO's scenes, or leave it out to look where LIBERO does"
+        yield Problem(("env.assets",), f"env.assets = {assets!r}: {advice}.")
     for path in ("policy", "demos.path"):
         folder = value_at(cfg, path)
         if folder is not None and "://" not in folder and not Path(folder).is_dir():

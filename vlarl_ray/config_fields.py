@@ -25,6 +25,8 @@ class FieldDoc:
     default: Any
     is_text: bool
     """Whether a bare word on the command line is its value as it stands."""
+    is_list: bool = False
+    """Whether it takes a list (too)."""
 
 
 @functools.cache
@@ -90,7 +92,7 @@ def _collect(
             _collect(definitions[entry["$ref"].rpartition("/")[2]], definitions, value, f"{path}.", docs)
             continue
         kinds = [option.get("type") for option in entry.get("anyOf", [entry])]
-        docs[path] = FieldDoc(path, entry["description"], _allowed(entry), value, is_text="string" in kinds)
+        docs[path] = FieldDoc(path, entry["description"], _allowed(entry), value, "string" in kinds, "array" in kinds)
 
 
 def _allowed(entry: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vlarl_ray.config import ExperimentConfig
-from vlarl_ray.config_checks import Problem, check_config
+from vlarl_ray.config_checks import Problem, check_config, check_start
 from vlarl_ray.config_fields import field_docs, format_value
 from vlarl_ray.registry import suggest
 from vlarl_ray.run_folder import check_run_dir, run_dir_of
@@ -59,7 +59,7 @@ def load_config(preset: str | None, overrides: Sequence[str], *, purpose: Purpos
     if config is not None:
         checks = check_config(config)
         if purpose != "other":
-            checks += check_run_dir(config, resume=purpose == "resume")
+            checks += [*check_start(config), *check_run_dir(config, resume=purpose == "resume")]
         # a check on a field that was reset to its default would speak of a value the user never wrote
         problems += [problem for problem in checks if not broken & set(problem.fields)]
     if problems or config is None:
@@ -173,7 +173,7 @@ def _set(tree: dict[str, Any], path: str, text: str, problems: list[Problem]) ->
     if not text.strip():
         problems.append(Problem((path,), f"{path} = {text!r}: is empty (an unset variable?); write null for none."))
         return
-    if doc is not None and doc.is_text and value is not None:
+    if doc is not None and doc.is_text and value is not None and not (doc.is_list and isinstance(value, list)):
         value = text
     *sections, name = path.split(".")
     for section in sections:

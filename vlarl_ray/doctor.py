@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlarl_ray import libero_tasks
 from vlarl_ray.config import ClusterConfig, ExperimentConfig
 from vlarl_ray.envs.gl import BACKENDS, GLUnavailableError, describe_gl
+from vlarl_ray.envs.libero_simulation import LiberoUnavailableError, assets_folder, package_folder
 
 if TYPE_CHECKING:
     from vlarl_ray.memory_plan import MemoryPlan
@@ -63,6 +65,18 @@ def plan_of(job: ExperimentConfig) -> MemoryPlan:
     from vlarl_ray.memory_plan import plan_memory
 
     return plan_memory(with_policys_model(job), proprio_dim=make_suite(job.env).proprio_dim)
+
+
+def check_suite(job: ExperimentConfig) -> Finding | None:
+    """What the job's suite needs besides this package is there; None where that is nothing."""
+    if job.env.suite not in libero_tasks.TASKS:
+        return None
+    try:
+        detail = f"{package_folder()}, assets in {assets_folder(job.env.assets)}"
+    except LiberoUnavailableError as error:
+        lacks, _, fix = str(error).partition("; ")
+        return Finding("LIBERO", False, lacks, fix)
+    return Finding("LIBERO", True, detail)
 
 
 def check_memory(job: ExperimentConfig, plan: MemoryPlan) -> Finding:

@@ -8,6 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 SUITES: Mapping[str, str] = {
+    "libero_10": "vlarl_ray.envs.libero:Libero10",
+    "libero_90": "vlarl_ray.envs.libero:Libero90",
+    "libero_goal": "vlarl_ray.envs.libero:LiberoGoal",
+    "libero_object": "vlarl_ray.envs.libero:LiberoObject",
+    "libero_spatial": "vlarl_ray.envs.libero:LiberoSpatial",
     "metaworld": "vlarl_ray.envs.metaworld:MetaWorldSuite",
     "toy": "vlarl_ray.envs.toy:ToySuite",
 }

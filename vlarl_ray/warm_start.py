@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from vlarl_ray.config_checks import check_quest
 from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.demos.collect import collect_demonstrations
 from vlarl_ray.demos.store import Demonstration, chunks, load_demonstrations
+from vlarl_ray.env_checks import camera_problems, expert_problems
 from vlarl_ray.envs.base import Suite
 from vlarl_ray.registry import suggest
 from vlarl_ray.types import FrameRef, StoredEpisode
@@ -24,7 +26,14 @@ _LOG = logging.getLogger(__name__)
 
 
 def demonstrations(cfg: ExperimentConfig, suite: Suite, run_dir: Path) -> list[Demonstration]:
-    """Load the demonstrations of `demos.path`, or collect them into the run folder (once)."""
+    """Load the demonstrations of `demos.path`, or collect them into the run folder (once).
+
+    Raises:
+        ConfigError: If they are to be collected, and the suite has no expert.
+    """
+    problems = [message for _, message in expert_problems(cfg)]
+    if problems:
+        raise ConfigError(problems)
     path = Path(cfg.demos.path) if cfg.demos.path is not None else run_dir / "demos"
     if cfg.demos.path is None:
         collect_demonstrations(cfg.env, cfg.demos, seed=cfg.seed, path=path, num_processes=2)
@@ -100,7 +109,8 @@ def stored_demonstrations(
 
 def camera_settings(env: EnvConfig) -> dict[str, Any]:
     """What a policy's frames depend on; kept with its weights, so that it is not run on other frames by mistake."""
-    return {name: getattr(env, name) for name in ("suite", "camera", "image_size", "render_profile", "options")}
+    names = ("suite", "camera", "image_size", "render_profile", "options")
+    return json.loads(json.dumps({name: getattr(env, name) for name in names}))  # lists as they are read back
 
 
 def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
@@ -110,7 +120,7 @@ def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
         The policy's own model config.
 
     Raises:
-        ConfigError: If its frames were rendered otherwise, or the config describes another model.
+        ConfigError: If its frames were rendered otherwise, are more or fewer, or the config describes another model.
         ValueError: From `read_official`, where it is a published checkpoint.
     """
     from vlarl_ray.models.official import is_official, read_official
@@ -119,6 +129,7 @@ def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
     if is_official(policy_dir):  # of its frames it says nothing
         model = read_official(policy_dir, cfg.model, unnorm_key=cfg.unnorm_key).model
         problems = [problem.message for problem in check_quest(replace(cfg, model=model))]
+        problems += [message for _, message in camera_problems(replace(cfg, model=model))]
         if problems:
             raise ConfigError(problems)
         return model
@@ -140,6 +151,7 @@ def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
             if ours[name] != theirs[name]
         ]
     problems += [problem.message for problem in check_quest(replace(cfg, model=model))]
+    problems += [message for _, message in camera_problems(replace(cfg, model=model))]
     if problems:
         raise ConfigError(problems)
     return model

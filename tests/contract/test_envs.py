@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from vlarl_ray import libero_tasks
 from vlarl_ray.config import EnvConfig
 from vlarl_ray.envs import make_suite, shared_init_states, single_task
 from vlarl_ray.envs.base import SimEnv, Suite
@@ -59,8 +60,8 @@ def equal(a: list, b: list) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_every_registered_suite_is_checked_here():
-    assert set(SUITES) <= set(CONFIGS)
+def test_every_registered_suite_is_checked_here_or_in_test_libero():
+    assert set(SUITES) <= {*CONFIGS, *libero_tasks.TASKS}
 
 
 def test_protocols_are_met(suite, env):

@@ -53,7 +53,15 @@ def test_text_fields_take_the_word_as_it_stands_and_null_as_nothing():
     assert (cfg.name, cfg.metrics.wandb_project) == ("007", None)
 
 
+def test_a_text_field_that_takes_lists_takes_a_word_or_a_list():
+    assert load_config(None, ["--env.camera", "corner"]).env.cameras == ("corner",)
+    cfg = load_config(None, [*TWO_CAMERAS, "--env.camera=[corner, topview]"])
+    assert cfg.env.cameras == ("corner", "topview")
+    assert config_from_json(config_to_json(cfg)) == cfg
+
+
 QUEST = ["--model.architecture", "quest", "--algorithm.ratio_level", "token"]
+TWO_CAMERAS = ["--model.architecture", "openvla_oft", "--model.oft.num_cameras", "2"]
 BROKEN = {
     # types and ranges
     "text for a number": (["--seed", "abc"], "seed = 'abc': must be an integer >= 0"),
@@ -212,8 +220,22 @@ BROKEN = {
         "model.oft.detach_prompt = true: needs a pass of its own for the prompt; set model.oft.passes to two",
     ),
     "oft frames": (
-        ["--model.architecture", "openvla_oft", "--model.oft.num_cameras", "2", "--rollout.max_inflight_bytes", "1"],
+        [*TWO_CAMERAS, "--env.camera", "[corner, corner2]", "--rollout.max_inflight_bytes", "1"],
         "an update holds up to 3960 frames of 64x64x3 = 48660480 bytes",
+    ),
+    "one camera for two": (
+        TWO_CAMERAS,
+        "env.camera names 1 camera (corner2), but a policy of openvla_oft takes 2 frames an observation; name as many "
+        "in env.camera, in the policy's order, or mend model.oft.num_cameras.",
+    ),
+    "two cameras for one": (
+        ["--env.camera", "[corner, corner2]"],
+        "env.camera names 2 cameras (corner, corner2), but a policy of openvla takes 1 frame an observation",
+    ),
+    "no camera": (["--env.camera", "[]"], "env.camera = []: must name at least one camera"),
+    "second camera": (
+        [*QUEST, "--model.quest.cameras", "[a, b]", "--env.camera", "[corner2, corner9]"],
+        "env.camera = 'corner9' is no Meta-World camera; did you mean 'corner",
     ),
     "chunk": (["--model.chunk_length", "161"], "model.chunk_length = 161: a chunk is longer than an episode"),
     "ppo group": (["--rollout.group_size", "4"], "rollout.group_size = 4: ppo has a critic"),

@@ -6,7 +6,15 @@ import pytest
 
 from vlarl_ray.cli import main
 from vlarl_ray.config_loader import load_config
-from vlarl_ray.doctor import check_disk, check_memory, check_shared_memory, check_token, check_version, plan_of
+from vlarl_ray.doctor import (
+    check_disk,
+    check_memory,
+    check_shared_memory,
+    check_suite,
+    check_token,
+    check_version,
+    plan_of,
+)
 from vlarl_ray.memory_plan import MemoryPart, MemoryPlan
 
 
@@ -62,6 +70,25 @@ def test_a_preset_is_planned_for_and_what_does_not_fit_says_what_to_lower(tmp_pa
     finding = check_memory(job, huge)
     assert not finding.ok
     assert "learner.micro_batch_size" in finding.fix
+
+
+def test_a_libero_preset_is_planned_for_without_weights_or_simulator(tmp_path, monkeypatch):
+    small = [word for name in ("num_layers", "dino.depth", "siglip.depth") for word in (f"--model.{name}", "2")]
+    job = load_config("jobs/libero_goal_ript_oft.yaml", small)
+    plan = plan_of(job)
+    assert plan.total("learner rank") > plan.total("inference server") / 4 > 2**28
+    assert check_suite(load_config("jobs/toy.yaml", [])) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    finding = check_suite(job)
+    assert (finding.ok, finding.name) == (False, "LIBERO")
+    assert finding.fix.startswith("run pip install --no-deps")
+    (tmp_path / "libero" / "bddl_files").mkdir(parents=True)
+    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    assert "name the folder with env.assets" in check_suite(job).fix
+    for name in ("scenes", "stable_scanned_objects", "turbosquid_objects", "articulated_objects"):
+        (tmp_path / "libero" / "assets" / name).mkdir(parents=True)
+    assert check_suite(job).ok
 
 
 def test_doctor_takes_a_preset_and_overrides(capsys, tmp_path):

@@ -300,6 +300,22 @@ def test_camera_can_be_moved():
     far.close()
 
 
+def test_several_cameras_give_the_frames_of_each_in_order():
+    task_id, names = "reach-v3", ["corner", "corner2", "gripperPOV"]
+    several = make_env("metaworld", task=task_id, camera=names)
+    task = single_task(several.suite, task_id)
+    frames = several.reset(task).images
+    assert frames.shape == (3, 64, 64, 3)
+    for name, frame in zip(names, frames, strict=True):
+        alone = make_env("metaworld", task=task_id, camera=name)
+        assert np.array_equal(alone.reset(task).images[0], frame)
+        alone.suite.close()
+    assert np.array_equal(physics(several, task), physics(make_env("metaworld", task=task_id), task))
+    several.suite.close()
+    with pytest.raises(ValueError, match="at least one of behindGripper"):
+        MetaWorldSuite((task_id,), camera=[])
+
+
 def test_scripted_expert_succeeds_and_success_is_not_termination(suite):
     env = suite.make_env()
     env.reset(single_task(suite, "window-open-v3", 0))
@@ -419,16 +435,19 @@ def frame_of(value: int) -> np.ndarray:
 
 
 def test_black_frames_are_an_error_that_names_task_and_decision():
-    from vlarl_ray.envs.metaworld_rendering import FrameGuard
+    from vlarl_ray.envs.rendering import FrameGuard
 
     guard = FrameGuard()
     guard.check(frame_of(1), np.zeros(3, np.float32), task_id="reach-v3", decision=0)
     with pytest.raises(RuntimeError, match="reach-v3 at decision 1 is all black"):
         guard.check(frame_of(0), np.zeros(3, np.float32), task_id="reach-v3", decision=1)
+    second_black = np.concatenate([frame_of(1), frame_of(0)])
+    with pytest.raises(RuntimeError, match="a frame of reach-v3 at decision 2 is all black"):
+        FrameGuard().check(second_black, np.zeros(3, np.float32), task_id="reach-v3", decision=2)
 
 
 def test_frozen_frames_are_an_error_only_if_the_robot_moved():
-    from vlarl_ray.envs.metaworld_rendering import FrameGuard
+    from vlarl_ray.envs.rendering import FrameGuard
 
     still, moving = FrameGuard(), FrameGuard()
     for decision in range(10):

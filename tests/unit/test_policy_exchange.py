@@ -11,13 +11,14 @@ import torch
 from tests.e2e.toy_run import evaluations, toy_config
 from tests.small_openvla import INSTRUCTIONS, observations, tiny, tiny_oft
 from vlarl_ray.cli import main
-from vlarl_ray.config import EvaluationConfig, ModelConfig, PreprocessingConfig
+from vlarl_ray.config import EvaluationConfig, ModelConfig, OFTConfig, PreprocessingConfig
 from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.launch import run_evaluate, run_training
 from vlarl_ray.models import ActionNormalizer, load_model, new_policy
 from vlarl_ray.models.official import is_official, read_official
 from vlarl_ray.models.policy_export import export_policy
 from vlarl_ray.models.policy_import import import_policy
+from vlarl_ray.warm_start import check_policy
 
 MASKED = ActionNormalizer((-1.0, -2.0, -3.0), (1.0, 2.0, 3.0), (True, True, False))
 
@@ -115,6 +116,29 @@ def test_a_checkpoint_for_another_robot_is_refused_before_anything_is_simulated(
     with pytest.raises(ConfigError, match=r"model\.action_dim = 3: the simulators of toy have 2"):
         run_evaluate(cfg, str(folder))
     assert not (tmp_path / "run").exists()
+
+
+def test_frame_steps_are_added_to_what_a_checkpoint_says_of_its_processor(tmp_path):
+    openvla(preprocessing=PreprocessingConfig(interpolation="bicubic")).save(tmp_path / "policy")
+    folder = export_policy(tmp_path / "policy", tmp_path / "official")
+    wanted = ModelConfig(preprocessing=PreprocessingConfig(frame_steps=("jpeg", "center_crop"), crop_area=0.8))
+    found = read_official(folder, wanted).model.preprocessing
+    assert (found.interpolation, found.frame_steps, found.crop_area) == ("bicubic", ("jpeg", "center_crop"), 0.8)
+    letterbox = PreprocessingConfig(frame_steps=("jpeg",), resize_strategy="letterbox")
+    with pytest.raises(ValueError, match=r"model\.preprocessing = .*but the checkpoint"):
+        read_official(folder, ModelConfig(preprocessing=letterbox))
+
+
+def test_a_policy_for_two_cameras_is_refused_where_there_is_one(tmp_path):
+    tiny_oft(num_cameras=2, proprio_dim=0).save(tmp_path / "policy")
+    export_policy(tmp_path / "policy", tmp_path / "official")
+    cfg = toy_config(tmp_path / "run")
+    wanted = replace(ModelConfig(), architecture="openvla_oft", oft=OFTConfig(num_cameras=2), value_hidden_sizes=(8,))
+    for name, model in (("policy", ModelConfig()), ("official", wanted)):
+        with pytest.raises(ConfigError, match=r"env\.camera names 1 camera .* takes 2 frames an observation"):
+            check_policy(replace(cfg, model=model), tmp_path / name)
+    with pytest.raises(ConfigError, match=r"env\.camera names 1 camera"):
+        run_evaluate(cfg, str(tmp_path / "policy"))
 
 
 def test_a_published_checkpoint_is_evaluated_and_trained_from_as_it_is(tmp_path, capsys):

@@ -6,8 +6,9 @@ from dataclasses import is_dataclass
 import pytest
 import yaml
 
+from vlarl_ray import libero_tasks
 from vlarl_ray.config import ExperimentConfig
-from vlarl_ray.config_loader import load_config
+from vlarl_ray.config_loader import ConfigError, load_config
 
 JOBS = pathlib.Path(__file__).parents[2] / "jobs"
 PRESETS = sorted(JOBS.glob("*.yaml"))
@@ -38,6 +39,21 @@ def repeats(tree, config, prefix=""):
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_preset_repeats_no_default(path):
     assert list(repeats(yaml.safe_load(path.read_text()), ExperimentConfig())) == []
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PRESETS if path.stem.startswith("libero")], ids=lambda path: path.stem
+)
+def test_libero_presets_are_published_protocols_and_lack_the_policy_only(path, tmp_path):
+    cfg = load_config(str(path), [])
+    assert cfg.env.tasks == ("all",)
+    assert cfg.env.render_profile == "full"
+    assert cfg.env.eval_seed == 0
+    is_quest = cfg.env.options.get("protocol") == "quest"
+    assert cfg.env.max_env_steps == (600 if is_quest else libero_tasks.MAX_ENV_STEPS[cfg.env.suite])
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path), ["--run-dir", str(tmp_path)], purpose="train")
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["policy = null"]
 
 
 def test_smoke_is_deterministic_and_small():

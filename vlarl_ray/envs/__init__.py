@@ -29,6 +29,8 @@ def make_suite(config: EnvConfig, *, egl_device_id: int | None = None) -> Suite:
     """
     suite_class = resolve(SUITES, config.suite, what="env.suite")
     arguments: dict[str, Any] = {name: getattr(config, name) for name in _SUITE_FIELDS} | dict(config.options)
+    if config.assets is not None:
+        arguments["assets"] = config.assets
     accepted = inspect.signature(suite_class).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     unknown = [] if takes_any else sorted(set(arguments) - set(accepted))

@@ -1,4 +1,4 @@
-"""Meta-World as a `Suite`: any MT1, MT10 or MT50 task, numbered initial states in two disjoint splits, one camera."""
+"""Meta-World as a `Suite`: any MT1, MT10 or MT50 task, numbered initial states in two disjoint splits."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class MetaWorldSuite:
     Args:
         tasks: Names as `window-open-v3`; `mt10` and `mt50` stand for the sets.
         image_size: Side of the frames, pixels.
-        camera: Camera of the scene; the frames are upright.
+        camera: Camera of the scene, or several: an observation has a frame of each, upright.
         render_profile: `fast` (some 80 times cheaper at 64 pixels without a GPU) or `full` (Meta-World's own look).
         gl_backend: `auto`, `egl` or `osmesa`.
         train_seed: Seed of the set of 50 goals to train on.
         eval_seed: Seed of the set of 50 held-out goals; goals that are in both count as held out.
         num_train_sets: Train on the goals of this many consecutive seeds, 50 each.
-        camera_position_m: Move the camera here (keeping its direction), for instance nearer.
+        camera_position_m: Move the (first) camera here, keeping its direction; for instance nearer.
         egl_device_id: EGL device assigned to this process.
         accept_software_gl: Draw on the CPU even though the machine has a GPU.
 
@@ -53,7 +53,7 @@ class MetaWorldSuite:
         tasks: Sequence[str],
         *,
         image_size: int = 64,
-        camera: str = "corner2",
+        camera: str | Sequence[str] = "corner2",
         render_profile: Literal["fast", "full"] = "fast",
         gl_backend: Literal["auto", "egl", "osmesa"] = "auto",
         train_seed: int = 42,
@@ -64,7 +64,8 @@ class MetaWorldSuite:
         accept_software_gl: bool = False,
     ) -> None:
         self.task_ids: tuple[str, ...] = _checked_tasks(tasks)
-        _check_camera(camera, render_profile)
+        self._cameras = (camera,) if isinstance(camera, str) else tuple(camera)
+        _check_camera(self._cameras, render_profile)
         _check_seeds(train_seed, eval_seed, num_train_sets)
         self._arguments: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self._seeds: dict[Split, list[int]] = {
@@ -83,7 +84,7 @@ class MetaWorldSuite:
             os.environ.setdefault("MUJOCO_GL", "disable")
         from vlarl_ray.envs.metaworld_simulation import SimulationPool
 
-        self.pool = SimulationPool(camera=camera, camera_position_m=camera_position_m)
+        self.pool = SimulationPool(camera=self._cameras[0], camera_position_m=camera_position_m)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the arguments, for processes that build their own."""
@@ -135,15 +136,13 @@ class MetaWorldSuite:
             raise self._gl_error
         return MetaWorldEnv(self)
 
-    def draw(self, simulation: Any) -> UInt8[np.ndarray, "1 H W 3"]:
+    def draw(self, simulation: Any) -> UInt8[np.ndarray, "V H W 3"]:
         """Draw one of the suite's simulators (the GL context is made at the first call)."""
         if self._renderer is None:
-            from vlarl_ray.envs.metaworld_rendering import FrameRenderer
+            from vlarl_ray.envs.rendering import DrawSettings, FrameRenderer
 
-            self._renderer = FrameRenderer(
-                self._backend,
-                **{name: self._arguments[name] for name in ("image_size", "camera", "render_profile")},
-            )
+            size, profile = self._arguments["image_size"], self._arguments["render_profile"]
+            self._renderer = FrameRenderer(self._backend, DrawSettings(size, self._cameras, profile))
         return self._renderer.draw(simulation.scene_file, simulation.model, simulation.data)
 
     def close(self) -> None:
@@ -179,7 +178,7 @@ class MetaWorldEnv:
     proprio_dim = _PROPRIO_DIM
 
     def __init__(self, suite: MetaWorldSuite) -> None:
-        from vlarl_ray.envs.metaworld_rendering import FrameGuard
+        from vlarl_ray.envs.rendering import FrameGuard
 
         self.suite = suite
         self.simulation: Any = None
@@ -283,9 +282,12 @@ def _checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _check_camera(camera: str, render_profile: str) -> None:
-    if camera not in CAMERAS:
-        raise ValueError(f"env.camera = {camera!r} is unknown; {suggest(camera, CAMERAS)}.")
+def _check_camera(cameras: Sequence[str], render_profile: str) -> None:
+    if not cameras:
+        raise ValueError(f"env.camera = []: must name at least one of {', '.join(CAMERAS)}.")
+    for camera in cameras:
+        if camera not in CAMERAS:
+            raise ValueError(f"env.camera = {camera!r} is unknown; {suggest(camera, CAMERAS)}.")
     if render_profile not in ("fast", "full"):
         raise ValueError(f"env.render_profile = {render_profile!r}: must be 'fast' or 'full'.")
 

@@ -60,7 +60,7 @@ class ToySuite:
         tasks: Sequence[str] = ("reach-a",),
         *,
         image_size: int = 64,
-        camera: str = "above",
+        camera: str | Sequence[str] = "above",
         render_profile: str = "fast",
         gl_backend: str = "auto",
         train_seed: int = 42,
@@ -71,6 +71,8 @@ class ToySuite:
         for task in tasks:
             if task not in _MOTIONS:
                 raise ValueError(f"env.tasks: {task!r} is no toy task; {suggest(task, _MOTIONS)}.")
+        if not isinstance(camera, str) and len(camera) != 1:
+            raise ValueError(f"env.camera = {list(camera)}: the toy has one view; give one name, whatever it is.")
         if train_seed == eval_seed:
             raise ValueError(
                 f"env.eval_seed = {eval_seed} equals env.train_seed; take another, the splits must differ."

@@ -222,7 +222,8 @@ def require_uncontradicted(wanted: ModelConfig, determined: Mapping[str, Any], f
     Raises:
         ValueError: Naming every field that says otherwise.
     """
-    default = ModelConfig()
+    # frame steps are for `wanted` to say, so they alone do not make its preprocessing another one
+    default = replace(ModelConfig(), preprocessing=_with_steps_of(wanted.preprocessing, PreprocessingConfig()))
     problems = []
     for name, value in determined.items():
         said = getattr(wanted, name)
@@ -257,8 +258,12 @@ def _unused(weights: WeightFiles, model: ModelConfig) -> list[str]:
 
 def _preprocessing(official: Mapping[str, Any], wanted: PreprocessingConfig) -> PreprocessingConfig:
     """The processor's part from the checkpoint, the frame steps from the config."""
+    return _with_steps_of(wanted, PreprocessingConfig.from_official(official))
+
+
+def _with_steps_of(wanted: PreprocessingConfig, config: PreprocessingConfig) -> PreprocessingConfig:
     steps = ("frame_steps", "jpeg_quality", "lanczos_size", "crop_area")
-    return replace(PreprocessingConfig.from_official(official), **{name: getattr(wanted, name) for name in steps})
+    return replace(config, **{name: getattr(wanted, name) for name in steps})
 
 
 def _statistics(folder: Path, config: Mapping[str, Any], unnorm_key: str | None) -> tuple[dict[str, Any], str]:
