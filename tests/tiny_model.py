@@ -130,9 +130,9 @@ def small_openvla(cfg: LearnerConfig, *, seed: int = 0, **changes: object) -> VL
 
 
 def learner_config(**changes: object) -> LearnerConfig:
-    """Small settings: rank 3 is divisible by nothing, so shards are uneven."""
+    """Small settings: rank 3 is divisible by nothing, so shards are uneven; every layer is gathered by itself."""
     settings: dict = {"lora": LoraConfig(rank=3, alpha=6.0), "micro_batch_size": 5, "device": "cpu", **changes}
-    return LearnerConfig(**settings)
+    return LearnerConfig(**{"fsdp_min_params": 0, **settings})
 
 
 def algorithm_config(**changes: object) -> AlgorithmConfig:
