@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vlarl_ray.config import AlgorithmConfig, LearnerConfig, LoraConfig, ModelConfig, TowerConfig
+from vlarl_ray.models import new_policy
 from vlarl_ray.models.action_tokens import action_logprobs
 from vlarl_ray.models.base import PolicyInputs, PolicyOutput, VLAModel
 from vlarl_ray.models.distributions import TokenDistribution, standard_noise
 from vlarl_ray.models.lora import CRITIC, adapters_disabled, attach_lora, use_adapter
-from vlarl_ray.models.policy import new_policy
 from vlarl_ray.types import TaskSpec, Trajectory, TrajectoryGroup
 
 NUM_BINS, PROMPT_LENGTH, PROPRIO = 8, 6, 3
