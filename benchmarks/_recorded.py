@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from vlarl_ray.config import AlgorithmConfig, LearnerConfig, ModelConfig
+from vlarl_ray.models import new_policy
 from vlarl_ray.models.base import VLAModel
 from vlarl_ray.models.lora import attach_lora
-from vlarl_ray.models.policy import new_policy
 from vlarl_ray.types import TrainBatch
 
 INSTRUCTIONS = ("open the window", "close the drawer", "press the button from above")

@@ -81,7 +81,7 @@ def poisoned_update(**ranks) -> str:
 def load_folder(*, folder: str, train: str, **ranks) -> dict:
     """Build a rank from a policy folder, as a run does; what it holds, and what it says of a fixed observation."""
     cfg = toy_config(Path(folder))
-    cfg = replace(cfg, learner=replace(cfg.learner, train=train))
+    cfg = replace(cfg, learner=replace(cfg.learner, train=train, fsdp_min_params=0))
     learner = build_learner(cfg, folder, **ranks)
     arrays, _ = learner.state_dict()
     request = ActRequest(
@@ -109,7 +109,7 @@ def update_folder(*, folder: str, train: str, batch: TrainBatch, trajectories=()
     """Build a rank from a policy folder, score, and learn from a batch whose ratios are of tokens; what it then is."""
     cfg = toy_config(Path(folder))
     algorithm = replace(cfg.algorithm, ratio_level="token", critic_warmup_updates=0)
-    cfg = replace(cfg, learner=replace(cfg.learner, train=train), algorithm=algorithm)
+    cfg = replace(cfg, learner=replace(cfg.learner, train=train, fsdp_min_params=0), algorithm=algorithm)
     learner = build_learner(cfg, folder, **ranks)
     scores = learner.score(list(trajectories)) if trajectories else []
     metrics = learner.update(batch)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vlarl_ray.config import AlgorithmConfig, LearnerConfig, LoraConfig, ModelConfig, TowerConfig
+from vlarl_ray.models import new_policy
 from vlarl_ray.models.action_tokens import action_logprobs
 from vlarl_ray.models.base import PolicyInputs, PolicyOutput, VLAModel
 from vlarl_ray.models.distributions import TokenDistribution, standard_noise
 from vlarl_ray.models.lora import CRITIC, adapters_disabled, attach_lora, use_adapter
-from vlarl_ray.models.policy import new_policy
 from vlarl_ray.types import TaskSpec, Trajectory, TrajectoryGroup
 
 NUM_BINS, PROMPT_LENGTH, PROPRIO = 8, 6, 3
@@ -130,9 +130,9 @@ def small_openvla(cfg: LearnerConfig, *, seed: int = 0, **changes: object) -> VL
 
 
 def learner_config(**changes: object) -> LearnerConfig:
-    """Small settings: rank 3 is divisible by nothing, so shards are uneven."""
+    """Small settings: rank 3 is divisible by nothing, so shards are uneven; every layer is gathered by itself."""
     settings: dict = {"lora": LoraConfig(rank=3, alpha=6.0), "micro_batch_size": 5, "device": "cpu", **changes}
-    return LearnerConfig(**settings)
+    return LearnerConfig(**{"fsdp_min_params": 0, **settings})
 
 
 def algorithm_config(**changes: object) -> AlgorithmConfig:

@@ -461,6 +461,8 @@ class LearnerConfig:
     """Train the spread of continuous actions; RIPT-VLA keeps it as it is."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute precision; log-probabilities and losses are fp32 always."""
+    fsdp_min_params: NonNegative = 1_000_000
+    """FSDP gathers a layer of this many parameters just while it computes, smaller ones together for the whole pass."""
     num_threads: Positive = 1
     """CPU threads of a rank."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlarl_ray.config import ExperimentConfig, ModelConfig
+from vlarl_ray.learner.fsdp import large_units
 from vlarl_ray.live_bytes import LiveBytes
 from vlarl_ray.models.base import PolicyInputs
 from vlarl_ray.models.chunk_policy import ChunkPolicyModel
@@ -99,7 +101,7 @@ def _plan_rank(cfg: ExperimentConfig, proprio_dim: int, *, is_sharded: bool) -> 
     are_whole = is_sharded and learner.train == "lora"
     yield MemoryPart(process, "gradients", 4 * _shard_values(trainable, 1 if are_whole else num_ranks))
     if is_sharded:
-        yield MemoryPart(process, "gathered", _gathered_bytes(model, compute))
+        yield MemoryPart(process, "gathered", _gathered_bytes(model, compute, learner.fsdp_min_params))
     yield MemoryPart(process, "activations", _activation_bytes(cfg, model, proprio_dim))
 
 
@@ -141,14 +143,18 @@ def _activation_bytes(cfg: ExperimentConfig, model: ChunkPolicyModel, proprio_di
     return live.peak
 
 
-def _gathered_bytes(model: ChunkPolicyModel, compute_bytes: int) -> int:
-    """What FSDP gathers at once: all that is in no unit, and two units, one computing and one being fetched."""
-    units = list(model.fsdp_units())
-    of_units = {id(p) for unit in units for p in unit.parameters()}
-    sharded = [p for name, p in model.named_parameters() if not name.startswith(model.frozen_modules)]
-    root = sum(p.numel() for p in sharded if id(p) not in of_units)
-    largest = sorted((sum(p.numel() for p in unit.parameters()) for unit in units), reverse=True)[:2]
-    return compute_bytes * (root + sum(largest))
+def _gathered_bytes(model: ChunkPolicyModel, compute_bytes: int, min_params: int) -> int:
+    """What FSDP gathers at once: all that is in no unit, and two neighbours, one computing and one being fetched."""
+    num_bytes = {
+        parameter: parameter.numel() * (4 if name.startswith(HEADS) else compute_bytes)
+        for name, parameter in model.named_parameters()
+        if not name.startswith(model.frozen_modules)
+    }
+    unused = {p for name, p in model.named_parameters() if name.startswith(model.unused_modules)}
+    units = [[*unit.parameters()] for unit in large_units(model, min_params)]
+    sizes = [sum(num_bytes.pop(p) for p in unit) for unit in units]
+    computed = [size for unit, size in zip(units, sizes, strict=True) if not unused.issuperset(unit)]
+    return sum(num_bytes.values()) + max(map(sum, pairwise([0, *computed])))
 
 
 def _learner_model(cfg: ExperimentConfig) -> ChunkPolicyModel:

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from benchmarks._official_folder import OPENVLA_7B
 from tests.golden_data import golden_path
 from tests.reference_folder import openvla_case
-from vlarl_ray.config import ModelConfig, TowerConfig
 from vlarl_ray.models import PolicyInputs
 from vlarl_ray.models.action_tokens import action_logprobs
 from vlarl_ray.models.openvla import OpenVLA
@@ -60,28 +60,6 @@ def test_parameter_names_and_shapes_at_7b_are_the_official_ones():
     path = golden_path("openvla_7b_parameters.json")
     official = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
     with torch.device("meta"):
-        model = OpenVLA(openvla_7b())
+        model = OpenVLA(OPENVLA_7B)
     ours = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith("value_head.")}
     assert ours == official
-
-
-def openvla_7b():
-    return ModelConfig(
-        image_size=224,
-        patch_size=14,
-        num_register_tokens=4,
-        dino=TowerConfig(dim=1024, depth=24, num_heads=16, mlp_dim=4096),
-        siglip=TowerConfig(dim=1152, depth=27, num_heads=16, mlp_dim=4304),
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        text_vocab_size=31744,
-        action_dim=7,
-        chunk_length=1,
-        decoding="autoregressive",
-        max_prompt_tokens=64,
-        value_hidden_sizes=(1024, 512),
-        official_unused=True,
-    )

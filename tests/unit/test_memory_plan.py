@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks._official_folder import OPENVLA_7B
 from benchmarks.memory import compare
-from tests.golden.test_openvla_golden import openvla_7b
 from tests.small_quest import official_size, quest_config
 from vlarl_ray.config_loader import load_config
 from vlarl_ray.live_bytes import LiveBytes
@@ -68,7 +68,7 @@ def seven_billion():
     cfg = load_config(None, ["--run_dir", "none"])
     return replace(
         cfg,
-        model=openvla_7b(),
+        model=OPENVLA_7B,
         env=replace(cfg.env, image_size=224),
         learner=replace(cfg.learner, num_ranks=8, micro_batch_size=2, dtype="bfloat16"),
         inference=replace(cfg.inference, batch_size=16, dtype="bfloat16"),

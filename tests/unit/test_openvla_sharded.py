@@ -1,16 +1,18 @@
 """OpenVLA and OpenVLA-OFT under FSDP2, one rank: hooks must see every use of every parameter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tests.small_openvla import observations, tiny, tiny_oft
 from vlarl_ray.config import LoraConfig
-from vlarl_ray.learner.fsdp import Ranks
-from vlarl_ray.learner.fsdp import shard as shard_for_learning
+from vlarl_ray.config_loader import load_config
+from vlarl_ray.learner import fsdp
+from vlarl_ray.memory_plan import plan_memory
 from vlarl_ray.models import action_logprobs
 from vlarl_ray.models.lora import attach_lora
 
@@ -24,13 +26,10 @@ def process_group():
     dist.destroy_process_group()
 
 
-def shard(model, policy=None):
-    mesh = init_device_mesh("cpu", (1,))
-    for unit in model.fsdp_units():
-        fully_shard(
-            unit, mesh=mesh, mp_policy=MixedPrecisionPolicy() if unit is model.value_head or policy is None else policy
-        )
-    return fully_shard(model, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy())
+def shard(model, compute_dtype=None, *, min_params=0):
+    ranks = fsdp.Ranks(0, 1, has_process_group=True)
+    fsdp.shard(model, ranks, device=CPU, compute_dtype=compute_dtype, min_params=min_params)
+    return model
 
 
 def gradients(model, inputs, tokens):
@@ -65,7 +64,7 @@ def test_everything_trains_sharded_too():
 
 
 def test_mixed_precision_keeps_values_and_logits_fp32_and_comes_close():
-    exact, mixed = tiny(), shard(tiny(), MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
+    exact, mixed = tiny(), shard(tiny(), torch.bfloat16)
     for model in (exact, mixed):
         with torch.no_grad():
             model.language_model.lm_head.weight.mul_(0.05)
@@ -97,7 +96,7 @@ def test_sharded_gradients_of_openvla_oft_are_the_plain_ones(passes, trained):
         if trained != "everything":
             attach_lora(model, LoraConfig(rank=2), seed=0, critic=trained)
         if sharded:
-            shard_for_learning(model, Ranks(0, 1, has_process_group=True), device=CPU, compute_dtype=None)
+            shard(model)
         inputs = observations(model)
         output = model(inputs)
         loss = output.actions.log_prob(torch.full((3, 6), 0.3), temperature=1.0).mean() + output.values.square().mean()
@@ -113,7 +112,7 @@ def test_sharded_gradients_of_openvla_oft_are_the_plain_ones(passes, trained):
 @pytest.mark.parametrize("passes", ["one", "two"])
 def test_mixed_precision_keeps_the_heads_of_openvla_oft_fp32_and_comes_close(passes):
     exact, mixed = tiny_oft(passes=passes), tiny_oft(passes=passes)
-    shard_for_learning(mixed, Ranks(0, 1, has_process_group=True), device=CPU, compute_dtype=torch.bfloat16)
+    shard(mixed, torch.bfloat16)
     seen = []
     mixed.action_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     inputs = observations(exact)
@@ -123,3 +122,37 @@ def test_mixed_precision_keeps_the_heads_of_openvla_oft_fp32_and_comes_close(pas
     assert 0 < (output.actions.location - expected.actions.location).abs().max() < 0.03 * size
     (output.actions.location.square().mean() + output.values.mean()).backward()
     assert all(p.grad.dtype == torch.float32 for p in mixed.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("make", [tiny, tiny_oft])
+def test_what_a_pass_gathers_is_what_the_memory_plan_says(make, train):
+    """Of the large parts one at a time, and never those that are carried but not computed."""
+    model = make(official_unused=True)
+    cfg = load_config("jobs/toy.yaml", ["--learner.fsdp_min_params", "0", "--learner.lora.rank", "2"])
+    cfg = replace(cfg, model=model.model_config, learner=replace(cfg.learner, train=train))
+    [planned] = [part.num_bytes for part in plan_memory(cfg, proprio_dim=4).parts if part.name == "gathered"]
+    if train == "lora":
+        attach_lora(model, cfg.learner.lora, seed=0)
+    shard(model)
+    units = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule) and name}
+    seen, peak = [], 0
+
+    def note(*_):
+        nonlocal peak
+        gathered = [p for p in model.parameters() if not isinstance(p, DTensor)]
+        seen.append({name for name, unit in units.items() if any(p is q for p in unit.parameters() for q in gathered)})
+        peak = max(peak, sum(p.nbytes for p in gathered))
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding | torch.nn.RMSNorm):
+            module.register_forward_pre_hook(note)
+            module.register_full_backward_hook(note)
+    output = model(observations(model), None)
+    assert max(map(len, seen)) == 1
+    samples = torch.full((3, 6), 600) if make is tiny else torch.full((3, 6), 0.3)
+    (output.actions.log_prob(samples, temperature=1.0).sum() + output.values.sum()).backward()
+    never = {name for name in units if f"{name}.".startswith(model.unused_modules)}
+    assert len(never) == 3 + (make is tiny_oft)  # two last blocks, the pooling, and an output layer that no head reads
+    assert set().union(*seen) == units.keys() - never
+    assert 0.6 * planned < peak <= planned

@@ -88,7 +88,9 @@ class Ranks:
         return slice(min(start, num_rows), min(start + size, num_rows))
 
 
-def shard(model: VLAModel, ranks: Ranks, *, device: torch.device, compute_dtype: torch.dtype | None) -> None:
+def shard(
+    model: VLAModel, ranks: Ranks, *, device: torch.device, compute_dtype: torch.dtype | None, min_params: int
+) -> None:
     """Shard each unit of the model, then the root, but for `frozen_modules`. Heads compute in fp32 always.
 
     Args:
@@ -96,18 +98,37 @@ def shard(model: VLAModel, ranks: Ranks, *, device: torch.device, compute_dtype:
         ranks: With a process group.
         device: Where it is or will be.
         compute_dtype: Precision of forward and backward; master weights and gradient sums stay fp32. None: fp32.
+        min_params: See `large_units`.
     """
     # Nobody changes a model's outputs in place, which is what FSDP2 warns of when they are views.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (ranks.world_size,))
     exact = MixedPrecisionPolicy()
     policy = exact if compute_dtype is None else MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32)
-    heads = [module for name, module in model.named_children() if f"{name}." in HEADS]
-    for unit in model.fsdp_units():
-        fully_shard(unit, mesh=mesh, mp_policy=exact if any(unit is head for head in heads) else policy)
+    heads = _heads(model)
+    for unit in large_units(model, min_params):
+        fully_shard(unit, mesh=mesh, mp_policy=exact if unit in heads else policy)
     # Whole on every rank: they may be used outside of the model's pass, to encode actions.
     frozen = {p for name, p in model.named_parameters() if name.startswith(model.frozen_modules)}
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+
+
+def large_units(model: VLAModel, min_params: int) -> list[nn.Module]:
+    """Choose the units of a model that are gathered one by one: heads always, as they have a precision of their own.
+
+    Args:
+        model: Adapters attached.
+        min_params: What has fewer parameters is gathered with the root, once for the whole pass: it takes little
+            memory, and a unit of its own would cost as many collectives as a large one.
+    """
+    heads = _heads(model)
+    return [
+        unit for unit in model.fsdp_units() if unit in heads or sum(p.numel() for p in unit.parameters()) >= min_params
+    ]
+
+
+def _heads(model: VLAModel) -> list[nn.Module]:
+    return [module for name, module in model.named_children() if f"{name}." in HEADS]
 
 
 def reshard(model: nn.Module) -> None:

@@ -82,7 +82,13 @@ class Learner:
         self._published = _published_names(model)
         if self._ranks.has_process_group:
             compute_dtype = _to_bfloat16(model) if cfg.dtype == "bfloat16" else None
-            shard(model, self._ranks, device=self._device, compute_dtype=compute_dtype)
+            shard(
+                model,
+                self._ranks,
+                device=self._device,
+                compute_dtype=compute_dtype,
+                min_params=cfg.fsdp_min_params,
+            )
             if fill is not None:
                 model.to_empty(device=self._device)
                 fill(model, self._ranks)

@@ -9,7 +9,8 @@ from vlarl_ray.models.action_tokens import (
 )
 from vlarl_ray.models.base import PolicyInputs, PolicyOutput, VLAModel
 from vlarl_ray.models.distributions import ActionDistribution, Gaussian, Laplace, TokenDistribution
-from vlarl_ray.models.policy import Policy, add_scale_head, load_model, load_policy, new_policy
+from vlarl_ray.models.initialization import add_scale_head, new_policy
+from vlarl_ray.models.policy import Policy, load_model, load_policy
 from vlarl_ray.models.proprio import ProprioNormalizer
 from vlarl_ray.models.quest_official import load_quest_official
 

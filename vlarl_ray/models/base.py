@@ -90,6 +90,11 @@ class VLAModel(nn.Module, ABC):
         return self.chunk_length
 
     @property
+    def unused_modules(self) -> tuple[str, ...]:
+        """Name prefixes of modules that are carried but not computed; they get no adapters and are never gathered."""
+        return ()
+
+    @property
     def has_likelihood(self) -> bool:
         """Whether `log_prob` is that of the samples, so that RL can train the policy."""
         return True
@@ -147,7 +152,11 @@ class VLAModel(nn.Module, ABC):
 
     @abstractmethod
     def fsdp_units(self) -> Iterator[nn.Module]:
-        """Submodules to shard one by one, in forward order (decoder layers, value head); the root comes last."""
+        """Submodules to shard one by one, in forward order; the value head is the last.
+
+        FSDP gathers a unit's parameters while its `forward` runs, and what is in no unit for the whole pass: name every
+        large module, one that is never computed too, as it is then never gathered. The pass must call it as a module.
+        """
 
     @abstractmethod
     def adapters_disabled(self) -> AbstractContextManager[None]:

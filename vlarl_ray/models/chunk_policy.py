@@ -35,7 +35,7 @@ class ChunkPolicyModel(VLAModel):
 
     `tokens`: each number is one of the `num_action_bins` last tokens of the vocabulary. `gaussian` and `laplace`: it is
     continuous, with a location and a scale. `l1`: it is the location alone, fitted by absolute error; such a policy
-    acts, but has no likelihood to train by RL until it is given a scale (`policy.add_scale_head`).
+    acts, but has no likelihood to train by RL until it is given a scale (`add_scale_head`).
     """
 
     value_head: ValueHead

@@ -7,7 +7,7 @@ read, it materialises masks, which causal sequences with all padding at their en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -260,6 +260,13 @@ class LanguageModel(nn.Module):
         self.model = Decoder(dims)
         if has_lm_head:
             self.lm_head = nn.Linear(dims.hidden_size, dims.vocab_size, bias=False)
+
+    def fsdp_units(self) -> Iterator[nn.Module]:
+        """Yield what a pass should gather piece by piece: all but the final norm."""
+        yield self.model.embed_tokens
+        yield from self.model.layers
+        if hasattr(self, "lm_head"):
+            yield self.lm_head
 
 
 def _first(lengths: Int64[Tensor, " B"], size: int) -> Bool[Tensor, "B {size}"]:

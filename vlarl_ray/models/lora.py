@@ -270,7 +270,7 @@ def load_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[s
 
 def _target_names(model: VLAModel, config: LoraConfig) -> list[str]:
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(HEADS)]
-    unused = (*getattr(model, "unused_modules", ()), *model.frozen_modules)
+    unused = (*model.unused_modules, *model.frozen_modules)
     linear = [name for name in linear if not f"{name}.weight".startswith(unused)]
     lm_head = [name for name in linear if name.endswith("lm_head")]
     if config.target_modules == "all-linear":

@@ -33,6 +33,11 @@ class VisionBackbone(nn.Module):
         self.featurizer = VisionTransformer(config.dino, num_register_tokens=config.num_register_tokens, **common)
         self.fused_featurizer = VisionTransformer(config.siglip, num_register_tokens=None, **common)
 
+    def fsdp_units(self) -> Iterator[nn.Module]:
+        """Yield what a pass should gather piece by piece."""
+        yield from self.featurizer.fsdp_units()
+        yield from self.fused_featurizer.fsdp_units()
+
     def forward(self, pixels: Float[Tensor, "B 6 H W"]) -> Float[Tensor, "B P C"]:
         """Return patch features; channels 0-2 are normalised for DINOv2, 3-5 for SigLIP."""
         return torch.cat([self.featurizer(pixels[:, :3]), self.fused_featurizer(pixels[:, 3:])], dim=-1)
@@ -84,8 +89,10 @@ class VisionLanguagePolicy(ChunkPolicyModel):
         self.language_model = LanguageModel(dims, has_lm_head=has_lm_head)
 
     def fsdp_units(self) -> Iterator[nn.Module]:
-        """Yield the decoder layers, then the heads (each alone, as they stay in fp32)."""
-        yield from self.language_model.model.layers
+        """Yield the towers' blocks, the projector, the parts of the language model, and the heads (alone: fp32)."""
+        yield from self.vision_backbone.fsdp_units()
+        yield self.projector
+        yield from self.language_model.fsdp_units()
         yield from (module for name, module in self.named_children() if f"{name}." in HEADS)
 
     @property
@@ -94,7 +101,8 @@ class VisionLanguagePolicy(ChunkPolicyModel):
         backbone = "vision_backbone"
         towers = {"featurizer": self.model_config.dino, "fused_featurizer": self.model_config.siglip}
         last_blocks = tuple(f"{backbone}.{name}.blocks.{tower.depth - 1}." for name, tower in towers.items())
-        return (*last_blocks, f"{backbone}.fused_featurizer.attn_pool.")
+        norms = tuple(f"{backbone}.{name}.norm." for name in towers)
+        return (*last_blocks, *norms, f"{backbone}.fused_featurizer.attn_pool.")
 
     def preprocess(self, images: UInt8[Tensor, "B V H W 3"]) -> Float[Tensor, "B 6*V S S"]:
         """Turn frames into pixels for both towers, as `config.preprocessing` declares (see `models.preprocessing`).

@@ -17,8 +17,9 @@ from vlarl_ray.config import ModelConfig
 from vlarl_ray.files import write_whole
 from vlarl_ray.models.chunk_policy import ChunkPolicyModel
 from vlarl_ray.models.heads import HEADS
+from vlarl_ray.models.initialization import draw_heads
 from vlarl_ray.models.official import OfficialPolicy, read_official
-from vlarl_ray.models.policy import FORMAT, draw_heads
+from vlarl_ray.models.policy import FORMAT
 from vlarl_ray.models.weight_files import HEADS_FILE
 from vlarl_ray.registry import MODELS, resolve
 

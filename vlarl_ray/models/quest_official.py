@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlarl_ray.models.policy import init_weights
+from vlarl_ray.models.initialization import init_weights
 from vlarl_ray.models.quest import QueST
 from vlarl_ray.models.quest_checkpoint import VECTORS, check_vectors, read_quest
 

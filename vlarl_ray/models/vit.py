@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from jaxtyping import Float
@@ -135,6 +137,12 @@ class VisionTransformer(nn.Module):
             self.norm = nn.LayerNorm(tower.dim, eps=_EPS)
             if not is_dino:
                 self.attn_pool = AttentionPool(tower)
+
+    def fsdp_units(self) -> Iterator[nn.Module]:
+        """Yield what a pass should gather piece by piece; what is never computed is then never gathered."""
+        yield from self.blocks
+        if hasattr(self, "attn_pool"):
+            yield self.attn_pool
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P C"]:
         """Return patch features. Positions are added to patches only, before the class and register tokens join."""

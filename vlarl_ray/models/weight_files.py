@@ -21,7 +21,7 @@ MAX_FILE_BYTES = 5_000_000_000
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 _CONVERT = "convert pickles once with `python -m vlarl_ray.models.unpickle {path}`, which runs no code of theirs"
-_MAPPED_BYTES = 256 * 1024 * 1024
+_MAPPED_BYTES = 64 * 1024 * 1024
 """A file is closed after this many bytes were read, as pages of a mapped file count as memory of the process."""
 
 
