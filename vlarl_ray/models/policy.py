@@ -196,15 +196,17 @@ def load_model(
                 f"dtype = {dtype!r}: a {model.model_config.architecture} policy computes in "
                 f"{' or '.join(model.dtypes)} only; set inference.dtype and learner.dtype to that."
             )
-        # Copies: what was read lies in a mapped file, which others may replace.
+        for name, module in model.named_children():
+            module.to(torch.float32 if f"{name}." in HEADS else DTYPES[dtype])
+        for own in (*model.parameters(recurse=False), *model.buffers(recurse=False)):
+            if own.is_floating_point():
+                own.data = own.data.to(DTYPES[dtype])
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        # Copies: what was read lies in a mapped file, which others may replace. Cast one by one, or the model would for a
+        # moment be there in the file's dtype and in its own.
         every = weights.read_rows(dict.fromkeys(weights, slice(None)))
-        tensors = {name: tensor.to(device, copy=True) for name, tensor in every}
+        tensors = {name: tensor.to(device, dtypes[name], copy=True) for name, tensor in every}
     model.load_state_dict(tensors, assign=True)
-    for name, module in model.named_children():
-        module.to(torch.float32 if f"{name}." in HEADS else DTYPES[dtype])
-    for own in (*model.parameters(recurse=False), *model.buffers(recurse=False)):
-        if own.is_floating_point():
-            own.data = own.data.to(DTYPES[dtype])
     return model.eval()
 
 
