@@ -202,8 +202,8 @@ def load_model(
             if own.is_floating_point():
                 own.data = own.data.to(DTYPES[dtype])
         dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        # Copies: what was read lies in a mapped file, which others may replace. Cast one by one, or the model would for a
-        # moment be there in the file's dtype and in its own.
+        # Copies: what was read lies in a mapped file, which others may replace. Cast one by one, or the whole model is
+        # there twice, in the file's dtype and in its own.
         every = weights.read_rows(dict.fromkeys(weights, slice(None)))
         tensors = {name: tensor.to(device, dtypes[name], copy=True) for name, tensor in every}
     model.load_state_dict(tensors, assign=True)
