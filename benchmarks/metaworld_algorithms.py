@@ -5,6 +5,7 @@ simulated env steps, rejected groups included; learning rates fall until then. T
 runs in it are not repeated, so the script can be interrupted at any time; a run takes about five minutes on two cores.
 
     python -m benchmarks.metaworld_algorithms [--seeds 0 1 2] [--folder DIR] [--only NAME ...]
+    python -m benchmarks.metaworld_algorithms --table      # the table of what is recorded, in Markdown
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
+
+from scipy import stats
 
 from benchmarks._results import current_commit, read_result, setup_digest, write_result
 from vlarl_ray.metrics.logger import read_jsonl
@@ -42,8 +46,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-metaworld-algorithms"))
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     figures = read_result("metaworld_algorithms")
+    if args.table:
+        print(table(figures))
+        return
     for seed in args.seeds:
         for name in args.only:
             setup = setup_digest(PRESET, (*BUDGET, *VARIANTS[name]))
@@ -107,6 +115,29 @@ def show(figures: dict[str, Any]) -> None:
                 f"{before['steps_to_success_all']:.1f} -> {after['steps_to_success_all']:.1f}, "
                 f"{figure['env_steps']} env steps in {figure['updates']} updates, {figure['rl_seconds']:.0f} s"
             )
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Success and env steps over all episodes, by seed, and their means over seeds with 95 % t-intervals."""
+    seeds = sorted(next(iter(figures.values())))
+    lines = [f"| | {' | '.join(seeds)} | success, mean | env steps, mean |", "|---" * (len(seeds) + 3) + "|"]
+    rows = {"warm start": [next(iter(figures.values()))[seed]["warm_start"] for seed in seeds]}
+    rows |= {name: [by_seed[seed]["final"] for seed in seeds] for name, by_seed in figures.items()}
+    for name, runs in rows.items():
+        success = [run["success_rate"] for run in runs]
+        steps = [run["steps_to_success_all"] for run in runs]
+        cells = [
+            f"{run['success_rate']:.3f} [{run['ci_low']:.3f}, {run['ci_high']:.3f}], {run['steps_to_success_all']:.1f}"
+            for run in runs
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} | {interval(success, 3)} | {interval(steps, 1)} |")
+    return "\n".join(lines)
+
+
+def interval(values: list[float], digits: int) -> str:
+    """Mean over seeds, and its 95 % t-interval."""
+    half = stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 if __name__ == "__main__":
