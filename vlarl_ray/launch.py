@@ -300,6 +300,7 @@ def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack)
         )
     engine_class = resolve(ENGINES, cfg.inference.engine, what="inference.engine")
     engine = engine_class(str(policy_dir), cfg.inference, deterministic=cfg.trust.deterministic)
+    stack.callback(engine.close)
     num_envs = cfg.rollout.num_workers * cfg.rollout.envs_per_worker
     worker = EnvWorker(make_suite(cfg.env).make_env, DirectClient(engine), num_envs=num_envs)
     stack.callback(worker.close)

@@ -2,7 +2,8 @@
 
     EnvWorker ─ ActRequest ─► InferenceServer queue ─► one batch ─► Engine.sample ─► ActReply ─► EnvWorker
 
-A request waits for the batch in progress only; `batch_window_ms` can trade latency for fuller batches.
+A request waits for the batch in progress only; `batch_window_ms` can trade latency for fuller batches. An engine that
+takes requests at any time (vLLM) gets them as they come, from a `ConcurrentServer`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
@@ -44,7 +45,7 @@ class LoadReport:
 
 @runtime_checkable
 class Engine(Protocol):
-    """A model that can be given weights and asked for action chunks. Called from one thread."""
+    """A model that can be given weights and asked for action chunks. Called from one thread, unless it says more."""
 
     version: int | None
     """Version of the weights in place; None until the first `load`."""
@@ -59,6 +60,19 @@ class Engine(Protocol):
 
     def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
         """Score given tokens under the weights in place, through the path that sampling takes."""
+        ...
+
+    def close(self) -> None:
+        """Give back what does not end with the object, such as processes."""
+        ...
+
+
+@runtime_checkable
+class ConcurrentEngine(Engine, Protocol):
+    """An engine whose methods may be called from several threads, and which batches by itself."""
+
+    def act(self, request: ActRequest) -> Future[ActReply]:
+        """Start answering every row of the request, if the weights in place are those it asks for."""
         ...
 
 
@@ -224,6 +238,38 @@ class InferenceServer:
             return
         for future, part in zip(futures, split_reply(reply, [len(r) for r in requests]), strict=True):
             future.set_result(part)
+
+
+class ConcurrentServer:
+    """Hands requests to an engine as they come."""
+
+    def __init__(self, engine: ConcurrentEngine) -> None:
+        self._engine = engine
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="inference")
+
+    def act(self, request: ActRequest) -> Future[ActReply]:
+        """Start a request."""
+        return self._engine.act(request)
+
+    def load(self, update: WeightUpdate) -> Future[LoadReport]:
+        """Start loading new weights; requests that come later see them."""
+        return self._threads.submit(self._engine.load, update)
+
+    def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Future:
+        """Start scoring (the canary's probe)."""
+        return self._threads.submit(self._engine.logprobs, request, tokens)
+
+    def close(self) -> None:
+        """End the engine."""
+        self._threads.shutdown()
+        self._engine.close()
+
+
+def make_server(engine: Engine, *, batch_size: int, batch_window_ms: float) -> InferenceServer | ConcurrentServer:
+    """Put a server before an engine; see `InferenceServer` for the arguments."""
+    if isinstance(engine, ConcurrentEngine):
+        return ConcurrentServer(engine)
+    return InferenceServer(engine, batch_size=batch_size, batch_window_ms=batch_window_ms)
 
 
 def _joins(first: ActRequest, job: object, rows: int, batch_size: int) -> bool:

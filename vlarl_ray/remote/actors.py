@@ -21,7 +21,7 @@ import numpy as np
 import ray
 
 from vlarl_ray.config import ExperimentConfig
-from vlarl_ray.inference.base import InferenceServer, merge_requests, split_request
+from vlarl_ray.inference.base import make_server, merge_requests, split_request
 from vlarl_ray.types import ActReply, ActRequest, FrameRef, TaskSpec, TrainBatch, Trajectory
 from vlarl_ray.weights.update import WeightUpdate
 
@@ -145,7 +145,7 @@ class InferenceServerActor:
             deterministic=cfg.trust.deterministic,
             device=pick_device(cfg.inference.device),
         )
-        self._server = InferenceServer(
+        self._server = make_server(
             engine, batch_size=cfg.inference.batch_size, batch_window_ms=cfg.inference.batch_window_ms
         )
 
