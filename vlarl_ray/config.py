@@ -446,7 +446,7 @@ class InferenceConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; `auto` takes a GPU if the server was given one."""
     deadline_s: PositiveFloat = 60.0
-    """A request that takes longer is an error."""
+    """A server that takes longer to answer counts as hung: it is restarted and given its weights again."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
     """For engine `vllm`."""
 

@@ -93,6 +93,40 @@ def is_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
+def gpu_memory_problem(
+    inference: InferenceConfig, model: ModelConfig, *, weight_bytes: int, largest_values: int, gpu_bytes: int
+) -> str | None:
+    """Say why a GPU cannot hold a server of this model; None where it can.
+
+    Args:
+        inference: Precision, and the share of the GPU that vLLM may take.
+        model: Dimensions.
+        weight_bytes: Of all served tensors, in that precision.
+        largest_values: Numbers in the largest tensor: that much is merged at once, in fp32.
+        gpu_bytes: Memory of one GPU.
+    """
+    vllm, gib = inference.vllm, 2**30
+    weights = weight_bytes // vllm.tensor_parallel_size
+    merging = largest_values * (8 + _BYTES[inference.dtype])
+    # without a size of its own the pool is what is left; it must hold one sequence
+    cache = vllm.kv_cache_bytes or (vllm.max_model_len or needed_len(model)) * token_bytes(inference, model)
+    needed, allowed = weights + merging + cache, vllm.gpu_memory_utilization * gpu_bytes
+    if needed <= allowed:
+        return None
+    return (
+        f"inference.vllm.gpu_memory_utilization = {vllm.gpu_memory_utilization:g}: of a GPU of {gpu_bytes / gib:.1f} "
+        f"GiB that is {allowed / gib:.1f}, but a server needs {weights / gib:.1f} for weights + {merging / gib:.1f} "
+        f"while it merges + {cache / gib:.1f} for keys and values = {needed / gib:.1f}; raise it, set bfloat16, or "
+        "raise inference.vllm.tensor_parallel_size."
+    )
+
+
+def token_bytes(inference: InferenceConfig, model: ModelConfig) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    head_dim = model.hidden_size // model.num_heads
+    return 2 * model.num_layers * model.num_kv_heads * head_dim * _BYTES[inference.dtype]
+
+
 def _lengths(inference: InferenceConfig, model: ModelConfig) -> Iterator[Found]:
     vllm, needed = inference.vllm, needed_len(model)
     parts = (
@@ -105,8 +139,7 @@ def _lengths(inference: InferenceConfig, model: ModelConfig) -> Iterator[Found]:
         yield fields, f"inference.vllm.max_model_len = {vllm.max_model_len}: {message}."
     if vllm.kv_cache_bytes is None:
         return
-    head_dim = model.hidden_size // model.num_heads
-    per_token = 2 * model.num_layers * model.num_kv_heads * head_dim * _BYTES[inference.dtype]
+    per_token = token_bytes(inference, model)
     size = vllm.block_size or _BLOCK_TOKENS
     blocks = -(-(vllm.max_model_len or needed) // size)
     least = blocks * size * per_token

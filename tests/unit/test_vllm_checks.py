@@ -10,7 +10,7 @@ import pytest
 
 from tests.small_openvla import TINY, tiny
 from vlarl_ray import vllm_checks
-from vlarl_ray.config import ExperimentConfig, InferenceConfig
+from vlarl_ray.config import ExperimentConfig, InferenceConfig, VllmConfig
 from vlarl_ray.config_loader import ConfigError, load_config
 from vlarl_ray.doctor import check_engines
 from vlarl_ray.warm_start import check_policy
@@ -92,6 +92,22 @@ def test_a_given_policy_is_checked_with_its_own_model(tmp_path):
     description = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**description, "model": asdict(served)}))
     assert check_policy(cfg, tmp_path) == served
+
+
+def test_a_gpu_that_cannot_hold_a_server_is_refused_with_the_arithmetic():
+    big = dataclasses.replace(TINY, hidden_size=4096, num_heads=32, num_kv_heads=32, num_layers=32, image_size=224)
+    sizes = {"weight_bytes": 15 * 2**30, "largest_values": 4096 * 32064}
+
+    def problem(gib: int, **settings) -> str | None:
+        inference = InferenceConfig(engine="vllm", dtype="bfloat16", vllm=VllmConfig(**settings))
+        return vllm_checks.gpu_memory_problem(inference, big, gpu_bytes=gib * 2**30, **sizes)
+
+    assert problem(24) is None
+    assert "24.0 GiB that is 12.0, but a server needs 15.0 for weights + 1.2 while it merges + 0.4 for keys" in str(
+        problem(24, gpu_memory_utilization=0.5)
+    )
+    assert problem(24, kv_cache_bytes=10 * 2**30) is not None
+    assert problem(24, kv_cache_bytes=10 * 2**30, tensor_parallel_size=2) is None
 
 
 def test_checking_a_config_imports_no_engine():

@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from tests.small_openvla import INSTRUCTIONS, tiny
 from tests.vllm_faults import DROPPED, SWAPPED
 from vlarl_ray.config import AlgorithmConfig, ExperimentConfig, InferenceConfig, LearnerConfig, LoraConfig, VllmConfig
-from vlarl_ray.inference.base import WrongVersionError
+from vlarl_ray.inference.base import EngineLostError, WrongVersionError
 from vlarl_ray.inference.torch_server import TorchEngine
 from vlarl_ray.learner.build import build_learner
 from vlarl_ray.learner.group import LearnerGroup
@@ -264,3 +265,20 @@ def test_a_policy_that_decodes_in_parallel_is_refused(tmp_path):
     tiny().save(tmp_path)
     with pytest.raises(ValueError, match="holds openvla with parallel decoding"):
         VllmEngine(tmp_path, InferenceConfig(engine="vllm"), deterministic=False)
+
+
+def test_an_engine_whose_process_died_says_so(engine, learner, publisher):
+    """The last test: nothing works after it."""
+    publisher.publish(50)
+    assert engine.health() == 50
+    waiting = engine.act(make_request(40, version=50))
+    for child in psutil.Process().children(recursive=True):
+        if "EngineCore" in child.name() or any("EngineCore" in word for word in child.cmdline()):
+            child.kill()
+    with pytest.raises(EngineLostError):
+        waiting.result(timeout=60)
+    for ask in (engine.health, lambda: engine.sample(make_request(1, version=50))):
+        with pytest.raises(EngineLostError):
+            ask()
+    with pytest.raises(EngineLostError):
+        engine.load(learner.weight_update(51))

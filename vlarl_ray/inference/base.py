@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float32, Num
 
 from vlarl_ray.types import ActReply, ActRequest
-from vlarl_ray.weights.update import WeightUpdate
+from vlarl_ray.weights.update import LoadReport, WeightUpdate
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,16 +31,12 @@ class WrongVersionError(RuntimeError):
     """A server was asked for weights it does not hold."""
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What a server did with a `WeightUpdate`."""
+class NoWeightsError(WrongVersionError):
+    """A server holds no version at all: it has just started, or a publication failed."""
 
-    version: int
-    digests: dict[str, str]
-    """sha256 of each tensor that entered the loader, by the names of `weights.canary.digests`."""
-    delta_kept: float
-    """Projection of the served weight change on the one asked for: 1 if rounding lost nothing."""
-    seconds: float
+
+class EngineLostError(RuntimeError):
+    """An engine's processes are gone; only a new engine can answer."""
 
 
 @runtime_checkable
@@ -62,6 +58,14 @@ class Engine(Protocol):
         """Score given tokens under the weights in place, through the path that sampling takes."""
         ...
 
+    def health(self) -> int | None:
+        """Return the version in place, after asking every process that answering takes.
+
+        Raises:
+            EngineLostError: If one is gone.
+        """
+        ...
+
     def close(self) -> None:
         """Give back what does not end with the object, such as processes."""
         ...
@@ -80,10 +84,12 @@ def check_version(held: int | None, request: ActRequest) -> None:
     """Refuse to answer with weights other than those asked for.
 
     Raises:
-        WrongVersionError: If `held` is outside [asked, asked + lag].
+        WrongVersionError: If `held` is outside [asked, asked + lag], or (`NoWeightsError`) there is none.
     """
     oldest, newest = request.policy_version, request.policy_version + request.max_policy_lag
-    if held is None or not oldest <= held <= newest:
+    if held is None:
+        raise NoWeightsError(f"server holds version None, request wants {oldest}..{newest}; publish first.")
+    if not oldest <= held <= newest:
         raise WrongVersionError(f"server holds version {held}, request wants {oldest}..{newest}; publish first.")
 
 
@@ -185,6 +191,10 @@ class InferenceServer:
 
         return self._enqueue(score)
 
+    def health(self) -> Future[int | None]:
+        """Queue a question for the version in place; no answer means that the engine hangs."""
+        return self._enqueue(self._engine.health)
+
     def close(self) -> None:
         """Stop the thread after what is queued."""
         self._inbox.put(None)
@@ -245,7 +255,7 @@ class ConcurrentServer:
 
     def __init__(self, engine: ConcurrentEngine) -> None:
         self._engine = engine
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="inference")
+        self._threads = ThreadPoolExecutor(max_workers=3, thread_name_prefix="inference")
 
     def act(self, request: ActRequest) -> Future[ActReply]:
         """Start a request."""
@@ -258,6 +268,10 @@ class ConcurrentServer:
     def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Future:
         """Start scoring (the canary's probe)."""
         return self._threads.submit(self._engine.logprobs, request, tokens)
+
+    def health(self) -> Future[int | None]:
+        """Ask for the version in place; no answer means that the engine hangs."""
+        return self._threads.submit(self._engine.health)
 
     def close(self) -> None:
         """End the engine."""

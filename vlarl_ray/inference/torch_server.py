@@ -13,14 +13,13 @@ from jaxtyping import Float32, Num
 from torch import Tensor
 
 from vlarl_ray.config import InferenceConfig
-from vlarl_ray.inference.base import LoadReport
 from vlarl_ray.models.base import PolicyInputs, VLAModel
 from vlarl_ray.models.distributions import samples_to_numpy, samples_to_torch
 from vlarl_ray.models.policy import load_policy, policy_weights
 from vlarl_ray.types import ActReply, ActRequest
 from vlarl_ray.weights.canary import update_digests
 from vlarl_ray.weights.merge import DeltaMeter, as_tensor, merge
-from vlarl_ray.weights.update import WeightUpdate
+from vlarl_ray.weights.update import LoadReport, WeightUpdate
 
 _LOG = logging.getLogger(__name__)
 
@@ -94,6 +93,10 @@ class TorchEngine:
             scored = actions.log_prob(taken, temperature=request.temperature)
             parts.append(scored[: rows.stop - rows.start])
         return torch.cat(parts).float().cpu().numpy()
+
+    def health(self) -> int | None:
+        """Return the version in place: the engine lives as long as its process."""
+        return self.version
 
     def close(self) -> None:
         """Nothing outlives the object."""

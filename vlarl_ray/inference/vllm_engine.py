@@ -16,8 +16,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,15 +28,16 @@ import torch
 from jaxtyping import Float32, Num
 
 from vlarl_ray.config import InferenceConfig
-from vlarl_ray.inference.base import LoadReport, check_version
+from vlarl_ray.inference.base import EngineLostError, check_version
 from vlarl_ray.inference.vllm_folder import link_policy
 from vlarl_ray.inference.vllm_worker import served_names
+from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.policy import DTYPES, empty_model
 from vlarl_ray.types import ActReply, ActRequest
-from vlarl_ray.vllm_checks import VLLM_CPU_CACHE_BYTES, needed_len
+from vlarl_ray.vllm_checks import VLLM_CPU_CACHE_BYTES, gpu_memory_problem, needed_len
 from vlarl_ray.weights.canary import compare_digests
 from vlarl_ray.weights.merge import checksum, merged, write_update
-from vlarl_ray.weights.update import WeightUpdate
+from vlarl_ray.weights.update import LoadReport, WeightUpdate
 
 _LOG = logging.getLogger(__name__)
 
@@ -124,6 +126,7 @@ class VllmEngine:
 
         Raises:
             CanaryError: If what entered vLLM's loader is not what the update and the base make.
+            EngineLostError: If vLLM's process is gone.
             ValueError: If the update names a tensor that the model lacks.
         """
         return self._run(self._load(update))
@@ -131,6 +134,14 @@ class VllmEngine:
     def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
         """Score given tokens: each is asked for after those before it, in a request of its own."""
         return self._run(self._logprobs(request, tokens))
+
+    def health(self) -> int | None:
+        """Return the version in place, after a round trip to vLLM's process.
+
+        Raises:
+            EngineLostError: If that process is gone.
+        """
+        return self._run(self._health())
 
     def close(self) -> None:
         """End vLLM's processes."""
@@ -153,6 +164,8 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         on_cpu = self._device == "cpu"
+        if not on_cpu:
+            self._check_gpu()
         folder = Path(self._scratch.name) / "model"
         folder.mkdir()
         arguments = AsyncEngineArgs(
@@ -188,7 +201,8 @@ class VllmEngine:
             version = self.version
             assert version is not None
             rows = [self._generate_row(request, row) for row in range(len(request))]
-            completions = await asyncio.gather(*rows)
+            with _lost_engines_named():
+                completions = await asyncio.gather(*rows)
             tokens = np.array([c.token_ids for c in completions], np.int32)
             logprobs = np.array(
                 [[at[t].logprob for at, t in zip(c.logprobs, c.token_ids, strict=True)] for c in completions],
@@ -213,17 +227,9 @@ class VllmEngine:
             names = served_names(update, self._pristine)
             path = Path(self._scratch.name) / "update.safetensors"
             await asyncio.to_thread(write_update, update, path)
-            await self._engine.pause_generation(mode="wait", clear_cache=True)
-            try:
+            with _lost_engines_named():
                 expected = asyncio.to_thread(self._expected_checksums, update, names)
-                loading = self._engine.collective_rpc("load_update", args=(str(path), str(self._policy_dir)))
-                reports, checksums = await asyncio.gather(loading, expected)
-                # Empty already; cleared again so that nothing a worker did meanwhile can outlive the old weights.
-                await self._engine.reset_prefix_cache()
-                await self._engine.reset_encoder_cache()
-                await self._engine.update_weight_version(str(update.version))
-            finally:
-                await self._engine.resume_generation()
+                reports, checksums = await asyncio.gather(self._replace_weights(path, update.version), expected)
             for rank, report in enumerate(reports):
                 where = f"loader of vLLM worker {rank}"
                 compare_digests(checksums, report["checksums"], where=where, version=update.version)
@@ -236,6 +242,24 @@ class VllmEngine:
             delta_kept=kept / asked if asked else 1.0,
             seconds=time.perf_counter() - start,
         )
+
+    async def _replace_weights(self, path: Path, version: int) -> list[dict[str, Any]]:
+        """Let the workers load an update while nothing runs and nothing is cached; returns their reports."""
+        await self._engine.pause_generation(mode="wait", clear_cache=True)
+        try:
+            reports = await self._engine.collective_rpc("load_update", args=(str(path), str(self._policy_dir)))
+            # Empty already; cleared again so that nothing a worker did meanwhile can outlive the old weights.
+            await self._engine.reset_prefix_cache()
+            await self._engine.reset_encoder_cache()
+            await self._engine.update_weight_version(str(version))
+        finally:
+            await self._engine.resume_generation()
+        return reports
+
+    async def _health(self) -> int | None:
+        with _lost_engines_named():
+            await self._engine.get_weight_version()
+        return self.version
 
     async def _logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
         async with self._gate:
@@ -284,6 +308,19 @@ class VllmEngine:
             self._prompts[instruction] = ids[0, : int(lengths[0])].tolist()
         return self._prompts[instruction]
 
+    def _check_gpu(self) -> None:
+        """Refuse what does not fit, with the arithmetic, before vLLM's process takes minutes to find out."""
+        served = [tensor.num_values for name, tensor in self._pristine.items() if not name.startswith(HEADS)]
+        problem = gpu_memory_problem(
+            self._cfg,
+            self._policy.model_config,
+            weight_bytes=sum(served) * DTYPES[self._cfg.dtype].itemsize,
+            largest_values=max(served),
+            gpu_bytes=torch.cuda.get_device_properties(0).total_memory,
+        )
+        if problem is not None:
+            raise ValueError(problem)
+
     def _expected_checksums(self, update: WeightUpdate, names: list[str]) -> dict[str, str]:
         """Fingerprints of what update and base make, computed beside the workers rather than by them."""
         dtype = DTYPES[self._cfg.dtype]
@@ -294,6 +331,17 @@ class VllmEngine:
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+@contextmanager
+def _lost_engines_named() -> Iterator[None]:
+    """Turn vLLM's word for a dead process into ours."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineLostError(f"vLLM's engine process is gone: {error}") from error
 
 
 def request_seed(noise_key: np.ndarray) -> int:
