@@ -27,6 +27,7 @@ from vlarl_ray.learner.build import build_learner
 from vlarl_ray.learner.group import LearnerGroup
 from vlarl_ray.models import new_policy
 from vlarl_ray.models.lora import adapter_tensors, load_adapter_tensors
+from vlarl_ray.models.policy import policy_weights
 from vlarl_ray.transport import LocalTransport
 from vlarl_ray.types import ActRequest
 from vlarl_ray.weights.canary import make_probe
@@ -84,7 +85,7 @@ def agreement(engine, learner, publisher, folder, num_tokens):
     return figures | {"greedy tokens": same.size, "greedy tokens equal to the PyTorch engine's": float(same.mean())}
 
 
-def publications(engine, learner, publisher, count):
+def publications(engine, learner, publisher, folder, count):
     first, gaps, seconds = 100, [], []
     for version in range(first, first + count):
         train(learner, version if version < first + count - 1 else first)  # the last is the first once more
@@ -106,7 +107,7 @@ def publications(engine, learner, publisher, count):
             engine.load(learner.weight_update(version)).seconds for version in range(10)
         ),
         "bytes sent": learner.weight_update(0).num_bytes,
-        "bytes of the model": sum(p.numel() * 4 for p in learner.model.parameters() if p.dim()),
+        "bytes of the model": policy_weights(folder).num_bytes,
     }
 
 
@@ -276,7 +277,7 @@ def main():
         try:
             figures["delta kept in bf16"] = delta_kept()
             figures["agreement"] = agreement(engine, learner, publisher, folder, args.tokens)
-            figures["publications"] = publications(engine, learner, publisher, args.publications)
+            figures["publications"] = publications(engine, learner, publisher, folder, args.publications)
             figures["in flight"] = in_flight(engine, learner, publisher, args.in_flight)
             figures["ms per decision"] = speed(engine, learner, folder, args.rounds, with_generate=args.generate)
         finally:

@@ -12,7 +12,6 @@ import gc
 import hashlib
 import itertools
 import logging
-import os
 import tempfile
 import threading
 import time
@@ -23,18 +22,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 from jaxtyping import Float32, Num
 
 from vlarl_ray.config import InferenceConfig
 from vlarl_ray.inference.base import EngineLostError, check_version
-from vlarl_ray.inference.vllm_folder import link_policy
+from vlarl_ray.inference.gate import CpuMeter, Gate
+from vlarl_ray.inference.vllm_start import shared_memory, start_engine
 from vlarl_ray.inference.vllm_worker import served_names
-from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.policy import DTYPES, empty_model
 from vlarl_ray.types import ActReply, ActRequest
-from vlarl_ray.vllm_checks import VLLM_CPU_CACHE_BYTES, gpu_memory_problem, needed_len
+from vlarl_ray.vllm_checks import needed_len
 from vlarl_ray.weights.canary import compare_digests
 from vlarl_ray.weights.merge import checksum, merged, write_update
 from vlarl_ray.weights.update import LoadReport, WeightUpdate
@@ -43,14 +41,6 @@ _LOG = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 2.0
 _WORKER_CLASS = "vlarl_ray.inference.vllm_worker.UpdateLoading"
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker inside the engine's process: one process fewer
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
-}
-"""Of vLLM's processes, unless the user's environment says otherwise."""
 
 Result = TypeVar("Result")
 
@@ -98,7 +88,7 @@ class VllmEngine:
         self.num_action_tokens = self._policy.num_action_tokens
         self._prompts: dict[str, list[int]] = {}
         self._request_ids = itertools.count()
-        self._cpu = _CpuMeter()
+        self._cpu = CpuMeter()
         self.version: int | None = None
         self.last_checksums: dict[str, str] = {}
         """Fingerprint of each tensor that entered vLLM's loader last, by official name."""
@@ -106,7 +96,7 @@ class VllmEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
-        self._scratch = tempfile.TemporaryDirectory(prefix="vlarl-vllm-", dir=_shared_memory())
+        self._scratch = tempfile.TemporaryDirectory(prefix="vlarl-vllm-", dir=shared_memory())
         try:
             self._engine: Any = self._run(self._start(worker_class))
         except BaseException:
@@ -156,47 +146,13 @@ class VllmEngine:
         gc.collect()  # now, as vLLM's finaliser fails once the interpreter is ending
 
     async def _start(self, worker_class: str) -> Any:
-        cfg, model = self._cfg.vllm, self._policy.model_config
-        os.environ["OMP_NUM_THREADS"] = str(self._cfg.num_threads)
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        on_cpu = self._device == "cpu"
-        if not on_cpu:
-            self._check_gpu()
-        folder = Path(self._scratch.name) / "model"
-        folder.mkdir()
-        arguments = AsyncEngineArgs(
-            model=str(link_policy(self._policy_dir, folder, dtype=self._cfg.dtype)),
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            dtype=self._cfg.dtype,
-            max_model_len=self.model_len,
-            max_num_seqs=cfg.max_num_seqs,
-            seed=0,
-            # log pi of what is sampled from: action tokens only, tempered. The default is neither.
-            logprobs_mode="processed_logprobs",
-            limit_mm_per_prompt={"image": model.num_cameras},
-            mm_processor_cache_gb=0,
-            enable_prefix_caching=cfg.enable_prefix_caching,
-            enforce_eager=cfg.enforce_eager,
-            block_size=cfg.block_size,
-            tensor_parallel_size=cfg.tensor_parallel_size,
-            gpu_memory_utilization=cfg.gpu_memory_utilization,
-            kv_cache_memory_bytes=cfg.kv_cache_bytes or (VLLM_CPU_CACHE_BYTES if on_cpu else None),
-            worker_extension_cls=worker_class,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-        )
-        self._gate = _Gate()
-        engine = AsyncLLM.from_engine_args(arguments)
+        self._gate = Gate()
+        engine = start_engine(self._policy_dir, self._cfg, Path(self._scratch.name), self._device, worker_class)
         self._cpu.since_last()  # what starting cost is no request's
         return engine
 
     async def _act(self, request: ActRequest) -> ActReply:
-        async with self._gate:
+        async with self._gate.passed():
             check_version(self.version, request)
             version = self.version
             assert version is not None
@@ -262,7 +218,7 @@ class VllmEngine:
         return self.version
 
     async def _logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
-        async with self._gate:
+        async with self._gate.passed():
             check_version(self.version, request)
             count = tokens.shape[1]
             scores = [
@@ -308,19 +264,6 @@ class VllmEngine:
             self._prompts[instruction] = ids[0, : int(lengths[0])].tolist()
         return self._prompts[instruction]
 
-    def _check_gpu(self) -> None:
-        """Refuse what does not fit, with the arithmetic, before vLLM's process takes minutes to find out."""
-        served = [tensor.num_values for name, tensor in self._pristine.items() if not name.startswith(HEADS)]
-        problem = gpu_memory_problem(
-            self._cfg,
-            self._policy.model_config,
-            weight_bytes=sum(served) * DTYPES[self._cfg.dtype].itemsize,
-            largest_values=max(served),
-            gpu_bytes=torch.cuda.get_device_properties(0).total_memory,
-        )
-        if problem is not None:
-            raise ValueError(problem)
-
     def _expected_checksums(self, update: WeightUpdate, names: list[str]) -> dict[str, str]:
         """Fingerprints of what update and base make, computed beside the workers rather than by them."""
         dtype = DTYPES[self._cfg.dtype]
@@ -356,74 +299,3 @@ async def _cancel_others() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Gate:
-    """Lets requests in while weights stand still; whoever closes it waits for those inside, and keeps others out."""
-
-    def __init__(self) -> None:
-        self._inside = 0
-        self._is_closed = False
-        self._changed = asyncio.Condition()
-
-    async def __aenter__(self) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._is_closed)
-            self._inside += 1
-
-    async def __aexit__(self, *error: object) -> None:
-        async with self._changed:
-            self._inside -= 1
-            self._changed.notify_all()
-
-    def closed(self) -> _ClosedGate:
-        """Context in which nobody is inside."""
-        return _ClosedGate(self)
-
-
-class _ClosedGate:
-    def __init__(self, gate: _Gate) -> None:
-        self._gate = gate
-
-    async def __aenter__(self) -> None:
-        gate = self._gate
-        async with gate._changed:
-            await gate._changed.wait_for(lambda: not gate._is_closed)
-            gate._is_closed = True
-            await gate._changed.wait_for(lambda: gate._inside == 0)
-
-    async def __aexit__(self, *error: object) -> None:
-        async with self._gate._changed:
-            self._gate._is_closed = False
-            self._gate._changed.notify_all()
-
-
-class _CpuMeter:
-    """CPU time of this process and of vLLM's, which are its children."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
-        self._lock = threading.Lock()
-
-    def since_last(self) -> float:
-        """Seconds since the last call: shares of concurrent replies are arbitrary, their sum is right."""
-        with self._lock:
-            now, before = time.process_time() + _children_cpu_s(), self._last
-            self._last = now
-            return now - before
-
-
-def _children_cpu_s() -> float:
-    total = 0.0
-    for child in psutil.Process().children(recursive=True):
-        try:
-            times = child.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system
-    return total
-
-
-def _shared_memory() -> str | None:
-    """Memory-backed folder for updates, where there is one."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

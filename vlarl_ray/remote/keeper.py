@@ -100,7 +100,7 @@ class ServerKeeper:
             return -1
         answer, watched.asked = watched.asked, None
         try:
-            version = ray.get(answer)
+            version: Any = ray.get(answer)
         except RayActorError as error:
             if not watched.is_starting:
                 self._lose(watched, index, f"died ({type(error).__name__})")
