@@ -8,7 +8,6 @@ WeightUpdate ─► gate closed, rows drained ─► pause, caches cleared ─�
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 import itertools
 import logging
@@ -138,12 +137,11 @@ class VllmEngine:
         engine = self.__dict__.pop("_engine", None)
         if engine is not None:
             engine.shutdown(timeout=_SHUTDOWN_S)
+            engine.shutdown = lambda: None  # vLLM's finaliser calls it again as the interpreter ends, where it fails
             self._run(_cancel_others())
-            del engine
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=_SHUTDOWN_S)
         self._scratch.cleanup()
-        gc.collect()  # now, as vLLM's finaliser fails once the interpreter is ending
 
     async def _start(self, worker_class: str) -> Any:
         self._gate = Gate()
