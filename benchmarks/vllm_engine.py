@@ -212,6 +212,8 @@ def bare_vllm(engine, folder, request):
             dtype="float32",
             max_model_len=engine.model_len,
             max_num_seqs=64,
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=64 * engine.model_len,
             logprobs_mode="processed_logprobs",
             mm_processor_cache_gb=0,
             enable_prefix_caching=False,

@@ -137,6 +137,15 @@ def test_a_rows_sample_depends_on_its_noise_key_alone(engine, learner, publisher
     assert (other.tokens != whole.tokens).any(axis=1).all()
 
 
+def test_more_requests_than_fit_into_one_step_are_all_answered(engine, learner, publisher):
+    """With prompts cut at the end of a step, seeded requests would kill vLLM on CPUs."""
+    publisher.publish(3)
+    request = make_request(150, version=3)
+    reply = engine.sample(request)
+    assert gap(learner, request, reply) < 1e-4
+    np.testing.assert_array_equal(engine.sample(make_request(12, version=3)).tokens, reply.tokens[:12])
+
+
 def test_scored_log_probabilities_are_the_sampled_ones(engine, publisher):
     publisher.publish(4)
     request = make_request(6, version=4, temperature=1.3)

@@ -234,7 +234,7 @@ class VllmEngine:
 
     async def _score_token(self, request: ActRequest, row: int, before: list[int], token: int) -> float:
         prompt = [*self.prompt(request.instructions[row]), *before]
-        options = {"max_tokens": 1, "logprobs": 1, "logprob_token_ids": [token], "seed": 0}
+        options = {"max_tokens": 1, "logprobs": 1, "logprob_token_ids": [token]}
         completion = await self._complete(request, row, prompt, options)
         return completion.logprobs[0][token].logprob
 

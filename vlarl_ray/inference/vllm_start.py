@@ -50,12 +50,16 @@ def start_engine(policy_dir: Path, cfg: InferenceConfig, scratch: Path, device: 
 
     folder, vllm = scratch / "model", cfg.vllm
     folder.mkdir()
+    model_len = vllm.max_model_len or needed_len(model)
+    # Where a prompt is not processed in one step, vLLM rewinds its request's random generator, which on CPUs has no
+    # offset to rewind: the engine dies. So a step there has room for every prompt that may be running.
+    whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": vllm.max_num_seqs * model_len}
     arguments = AsyncEngineArgs(
         model=str(link_policy(policy_dir, folder, dtype=cfg.dtype)),
         skip_tokenizer_init=True,
         generation_config="vllm",
         dtype=cfg.dtype,
-        max_model_len=vllm.max_model_len or needed_len(model),
+        max_model_len=model_len,
         max_num_seqs=vllm.max_num_seqs,
         seed=0,
         # log pi of what is sampled from: action tokens only, tempered. The default is neither.
@@ -71,6 +75,7 @@ def start_engine(policy_dir: Path, cfg: InferenceConfig, scratch: Path, device: 
         worker_extension_cls=worker_class,
         disable_log_stats=True,
         use_tqdm_on_load=False,
+        **(whole_prompts if on_cpu else {}),
     )
     return AsyncLLM.from_engine_args(arguments)
 
