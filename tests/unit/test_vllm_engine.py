@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import threading
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from tests.vllm_faults import DROPPED, SWAPPED
 from vlarl_ray.config import AlgorithmConfig, ExperimentConfig, InferenceConfig, LearnerConfig, LoraConfig, VllmConfig
 from vlarl_ray.inference.base import EngineLostError, WrongVersionError
 from vlarl_ray.inference.torch_server import TorchEngine
+from vlarl_ray.inference.vllm_plugin import ARCHITECTURE
 from vlarl_ray.learner.build import build_learner
 from vlarl_ray.learner.group import LearnerGroup
 from vlarl_ray.models.lora import adapter_tensors, load_adapter_tensors
@@ -266,6 +268,16 @@ def test_an_update_of_another_model_is_named_and_leaves_an_engine_that_refuses(e
         engine.load(wrong)
     with pytest.raises(WrongVersionError):
         engine.sample(make_request(1, version=43))
+
+
+def test_the_plug_in_is_found_by_vllm_and_may_be_registered_again():
+    [entry] = importlib.metadata.entry_points(group="vllm.general_plugins", name="vlarl_ray")
+    register = entry.load()
+    register()
+    register()
+    from vllm import ModelRegistry
+
+    assert ARCHITECTURE in ModelRegistry.get_supported_archs()
 
 
 def test_a_policy_that_decodes_in_parallel_is_refused(tmp_path):
