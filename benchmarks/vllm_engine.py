@@ -21,12 +21,22 @@ import psutil
 import torch
 
 from benchmarks._results import write_result
-from vlarl_ray.config import AlgorithmConfig, ExperimentConfig, InferenceConfig, LearnerConfig, LoraConfig, ModelConfig
+from vlarl_ray.config import (
+    AlgorithmConfig,
+    ExperimentConfig,
+    InferenceConfig,
+    LearnerConfig,
+    LoraConfig,
+    ModelConfig,
+    TowerConfig,
+)
 from vlarl_ray.inference.torch_server import TorchEngine
 from vlarl_ray.learner.build import build_learner
 from vlarl_ray.learner.group import LearnerGroup
 from vlarl_ray.models import new_policy
-from vlarl_ray.models.lora import adapter_tensors, load_adapter_tensors
+from vlarl_ray.models.heads import HEADS
+from vlarl_ray.models.lora import adapter_tensors, attach_lora, load_adapter_tensors
+from vlarl_ray.models.openvla import OpenVLA
 from vlarl_ray.models.policy import policy_weights
 from vlarl_ray.transport import LocalTransport
 from vlarl_ray.types import ActRequest
@@ -170,6 +180,38 @@ def delta_kept():
     return figures
 
 
+def on_paper():
+    """What a publication of OpenVLA-7B sends and does, adapters of rank 32 on all linear layers; nothing is timed."""
+    config = ModelConfig(
+        image_size=224,
+        patch_size=14,
+        dino=TowerConfig(dim=1024, depth=24, num_heads=16, mlp_dim=4096),
+        siglip=TowerConfig(dim=1152, depth=27, num_heads=16, mlp_dim=4304),
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        text_vocab_size=31744,
+        action_dim=7,
+        chunk_length=1,
+        decoding="autoregressive",
+        official_unused=True,
+    )
+    with torch.device("meta"):
+        model = OpenVLA(config)
+    served = 2 * sum(p.numel() for name, p in model.named_parameters() if not name.startswith(HEADS))
+    attach_lora(model, LORA, seed=0)
+    pairs = adapter_tensors(model).values()
+    return {
+        "adapter bytes sent (fp32)": sum(4 * (a.numel() + b.numel()) for a, b in pairs),
+        "bytes of the model (bf16)": served,
+        "bytes merged and loaded (bf16)": sum(2 * a.shape[1] * b.shape[0] for a, b in pairs),
+        "TFLOP of the merges": round(sum(2 * a.numel() * b.shape[0] for a, b in pairs) / 1e12, 3),
+        "probe: prompts scored": 8 * config.action_dim * config.chunk_length,
+    }
+
+
 def speed(engine, learner, folder, rounds):
     """Milliseconds per decision of batches of 32: CPU time of all processes, and wall time."""
     engine.load(learner.weight_update(1))
@@ -278,6 +320,7 @@ def main():
         group, transport = LearnerGroup([learner], LocalTransport(), deadline_s=DEADLINE_S), LocalTransport()
         publisher = WeightPublisher(group, [engine], transport, probe=probe, tolerance=1e-4, deadline_s=DEADLINE_S)
         try:
+            figures["OpenVLA-7B, on paper"] = on_paper()
             figures["delta kept in bf16"] = delta_kept()
             figures["agreement"] = agreement(engine, learner, publisher, folder, args.tokens)
             figures["publications"] = publications(engine, learner, publisher, folder, args.publications)

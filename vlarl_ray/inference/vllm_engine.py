@@ -235,10 +235,15 @@ class VllmEngine:
     async def _score_token(self, request: ActRequest, row: int, before: list[int], token: int) -> float:
         prompt = [*self.prompt(request.instructions[row]), *before]
         options = {"max_tokens": 1, "logprobs": 1, "logprob_token_ids": [token]}
-        completion = await self._complete(request, row, prompt, options)
+        # One name for one content: the towers then see a frame once for all its tokens. It is the same in each
+        # publication, so that an embedding that outlived its weights would be found here.
+        names = [hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest() for frame in request.images[row]]
+        completion = await self._complete(request, row, prompt, options, multi_modal_uuids={"image": names})
         return completion.logprobs[0][token].logprob
 
-    async def _complete(self, request: ActRequest, row: int, prompt: list[int], options: dict[str, Any]) -> Any:
+    async def _complete(
+        self, request: ActRequest, row: int, prompt: list[int], options: dict[str, Any], **inputs: Any
+    ) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -250,7 +255,7 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             **options,
         )
-        inputs = {"prompt_token_ids": prompt, "multi_modal_data": {"image": list(request.images[row])}}
+        inputs |= {"prompt_token_ids": prompt, "multi_modal_data": {"image": list(request.images[row])}}
         request_id = str(next(self._request_ids))
         outputs = [output async for output in self._engine.generate(inputs, parameters, request_id=request_id)]
         return outputs[-1].outputs[0]
