@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+import psutil
 import pytest
 
 from tests.small_openvla import TINY, tiny
@@ -135,3 +136,25 @@ def test_the_doctor_says_which_engine_is_usable_and_why_not(monkeypatch, package
     assert finding.ok == ok
     assert said in finding.detail
     assert ok or "pip" in finding.fix
+
+
+def test_a_process_of_the_engine_ends_with_the_one_that_spawned_it(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import multiprocessing, os, time\n"
+        "from vlarl_ray.inference.vllm_plugin import die_with_parent\n"
+        "def child():\n"
+        "    die_with_parent()\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    die_with_parent()\n"  # nobody spawned this one
+        "    multiprocessing.get_context('spawn').Process(target=child).start()\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    _, alive = psutil.wait_procs([child], timeout=20)
+    assert not alive
