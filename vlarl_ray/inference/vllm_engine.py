@@ -136,9 +136,9 @@ class VllmEngine:
         """End vLLM's processes."""
         engine = self.__dict__.pop("_engine", None)
         if engine is not None:
+            self._run(_cancel_others())  # vLLM's own among them, which would report the end of its process as an error
             engine.shutdown(timeout=_SHUTDOWN_S)
             engine.shutdown = lambda: None  # vLLM's finaliser calls it again as the interpreter ends, where it fails
-            self._run(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=_SHUTDOWN_S)
         self._scratch.cleanup()
