@@ -45,6 +45,9 @@ def start_engine(policy_dir: Path, cfg: InferenceConfig, scratch: Path, device: 
     os.environ["OMP_NUM_THREADS"] = str(cfg.num_threads)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if cfg.vllm.enforce_eager:
+        # vLLM's sampler is compiled even so: a minute of a C++ compiler at the first request, for a count
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
