@@ -406,11 +406,33 @@ class SamplingConfig:
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
+class VllmConfig:
+    """The vLLM engine of a server."""
+
+    max_model_len: Positive | None = None
+    """Longest sequence, tokens; None takes what the model needs: prompt, patches of each camera, action tokens."""
+    max_num_seqs: Positive = 64
+    """Observations that are decoded at once; more wait."""
+    kv_cache_bytes: Positive | None = None
+    """Keys and values; None takes 1 GiB on CPUs, and on a GPU what `gpu_memory_utilization` leaves."""
+    block_size: Positive | None = None
+    """Tokens of a block of keys and values; None takes vLLM's: 128 on CPUs, 16 on GPUs."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the GPU that weights, activations, keys and values may take together."""
+    tensor_parallel_size: Positive = 1
+    """GPUs that share one model; a server reserves as many."""
+    enforce_eager: bool = True
+    """Run without compiling and CUDA graphs: a start of seconds rather than minutes, at slower decoding on GPUs."""
+    enable_prefix_caching: bool = False
+    """Reuse keys and values of equal beginnings; frames come first in a prompt and hardly ever repeat."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
 class InferenceConfig:
     """The servers that answer with action chunks."""
 
     engine: str = "torch"
-    """Registered engine, or `my_package.my_engine:MyEngine`."""
+    """`torch`, `vllm` (for openvla with autoregressive decoding), or `my_package.my_engine:MyEngine`."""
     num_servers: Positive = 1
     """Server processes."""
     batch_size: Positive = 12
@@ -424,7 +446,9 @@ class InferenceConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; `auto` takes a GPU if the server was given one."""
     deadline_s: PositiveFloat = 60.0
-    """A request that takes longer is an error."""
+    """A server that takes longer to answer counts as hung: it is restarted and given its weights again."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """For engine `vllm`."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from vlarl_ray import registry
-from vlarl_ray.config import ExperimentConfig, OFTConfig, SamplingConfig
+from vlarl_ray.config import ExperimentConfig, ModelConfig, OFTConfig, SamplingConfig
 from vlarl_ray.config_fields import field_docs
 from vlarl_ray.env_checks import env_problems, expanded_tasks, expert_problems
 from vlarl_ray.preprocessing_config import PreprocessingConfig
 from vlarl_ray.quest_checks import quest_problems
+from vlarl_ray.vllm_checks import model_problems, vllm_problems
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def check_config(cfg: ExperimentConfig, environ: Mapping[str, str] = os.environ)
         _devices,
         _lag,
         _trust,
+        _vllm,
     )
     return [
         *(p for check in checks for p in check(cfg)),
@@ -158,6 +160,17 @@ def check_quest(cfg: ExperimentConfig) -> Iterator[Problem]:
         if value_at(cfg, path) != "float32":
             advice = "quest computes in float32; its twenty million weights would gain nothing. Set it to that"
             yield Problem((path, "model.architecture"), f"{path} = {value_at(cfg, path)}: {advice}.")
+
+
+def _vllm(cfg: ExperimentConfig) -> Iterator[Problem]:
+    for fields, message in vllm_problems(cfg):
+        yield Problem(fields, message)
+
+
+def check_served(cfg: ExperimentConfig, model: ModelConfig) -> Iterator[Problem]:
+    """Find what keeps the engine from serving a model that comes with the policy."""
+    for fields, message in model_problems(cfg, model):
+        yield Problem(fields, message)
 
 
 def _preprocessing(cfg: ExperimentConfig) -> Iterator[Problem]:

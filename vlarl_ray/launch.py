@@ -43,6 +43,8 @@ class Processes:
     transport: Transport
     sinks: list[Any]
     process_ids: list[int]
+    keeper: Any = None
+    """Restarts servers that are lost; None where everything is one process."""
 
 
 def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
@@ -281,7 +283,13 @@ def _ray_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack) ->
     remote = build_remote(cfg, str(policy_dir.resolve()))
     stack.callback(remote.close)
     return Processes(
-        remote.pool, remote.servers, remote.ranks, remote.transport, [RayMetricsSink(cfg.name)], remote.process_ids()
+        remote.pool,
+        remote.servers,
+        remote.ranks,
+        remote.transport,
+        [RayMetricsSink(cfg.name)],
+        remote.process_ids(),
+        remote.keeper,
     )
 
 
@@ -300,6 +308,7 @@ def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack)
         )
     engine_class = resolve(ENGINES, cfg.inference.engine, what="inference.engine")
     engine = engine_class(str(policy_dir), cfg.inference, deterministic=cfg.trust.deterministic)
+    stack.callback(engine.close)
     num_envs = cfg.rollout.num_workers * cfg.rollout.envs_per_worker
     worker = EnvWorker(make_suite(cfg.env).make_env, DirectClient(engine), num_envs=num_envs)
     stack.callback(worker.close)
@@ -338,7 +347,10 @@ def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder
         probe=probe,
         tolerance=cfg.trust.canary_tolerance,
         deadline_s=cfg.inference.deadline_s,
+        keeper=where.keeper,
     )
+    if where.keeper is not None:
+        where.keeper.republish = publisher.republish
     run_id = f"{cfg.name}-seed{cfg.seed}"
     return System(
         cfg=cfg,

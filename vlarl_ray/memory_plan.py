@@ -26,6 +26,7 @@ from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.lora import adapter_dropout, attach_lora
 from vlarl_ray.models.policy import DTYPES
 from vlarl_ray.registry import ALGORITHMS, MODELS, resolve
+from vlarl_ray.vllm_checks import VLLM_CPU_CACHE_BYTES
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -113,14 +114,24 @@ def _plan_server(cfg: ExperimentConfig, proprio_dim: int) -> Iterator[MemoryPart
             parameter.data = parameter.data.to(DTYPES[inference.dtype])
     parameters = list(model.parameters())
     yield MemoryPart(process, "weights", sum(t.numel() * t.element_size() for t in (*parameters, *model.buffers())))
+    is_vllm = inference.engine == "vllm"
+    rows = inference.vllm.max_num_seqs if is_vllm else inference.batch_size
     one = model.draw_noise(np.zeros((1, 2), np.uint64))
-    noise = torch.empty(inference.batch_size, *one.shape[1:], device="meta") if temperature > 0 else None
-    inputs = _inputs(cfg, model, inference.batch_size, proprio_dim)
+    noise = torch.empty(rows, *one.shape[1:], device="meta") if temperature > 0 else None
+    inputs = _inputs(cfg, model, rows, proprio_dim)
     with torch.no_grad(), _flash_attention(), LiveBytes(known=(*parameters, *model.buffers())) as live:
         model.sample(inputs, temperature=temperature, noise=noise)
-    cache = model.key_value_bytes(inference.batch_size)
-    yield MemoryPart(process, "keys and values", cache)
+    cache = model.key_value_bytes(rows)
+    if is_vllm:  # it reserves a pool at the start
+        on_gpu = inference.device == "cuda" or cfg.cluster.gpus_per_server
+        pool = inference.vllm.kv_cache_bytes or (cache if on_gpu else VLLM_CPU_CACHE_BYTES)
+        yield MemoryPart(process, "keys and values", pool)
+    else:
+        yield MemoryPart(process, "keys and values", cache)
     yield MemoryPart(process, "sampling", live.peak - cache)
+    if is_vllm:  # while it merges: a tensor in fp32, its change, and the rounded result
+        largest = max(p.numel() for p in parameters)
+        yield MemoryPart(process, "merging", largest * (8 + _BYTES[inference.dtype]))
 
 
 def _activation_bytes(cfg: ExperimentConfig, model: ChunkPolicyModel, proprio_dim: int) -> int:

@@ -30,6 +30,7 @@ MODELS: Mapping[str, str] = {
 }
 ENGINES: Mapping[str, str] = {
     "torch": "vlarl_ray.inference.torch_server:TorchEngine",
+    "vllm": "vlarl_ray.inference.vllm_engine:VllmEngine",
 }
 
 

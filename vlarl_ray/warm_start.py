@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlarl_ray.config import EnvConfig, ExperimentConfig, ModelConfig
-from vlarl_ray.config_checks import check_quest
+from vlarl_ray.config_checks import check_quest, check_served
 from vlarl_ray.config_loader import ConfigError
 from vlarl_ray.demos.collect import collect_demonstrations
 from vlarl_ray.demos.store import Demonstration, chunks, load_demonstrations
@@ -128,8 +128,7 @@ def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
 
     if is_official(policy_dir):  # of its frames it says nothing
         model = read_official(policy_dir, cfg.model, unnorm_key=cfg.unnorm_key).model
-        problems = [problem.message for problem in check_quest(replace(cfg, model=model))]
-        problems += [message for _, message in camera_problems(replace(cfg, model=model))]
+        problems = _model_problems(cfg, model)
         if problems:
             raise ConfigError(problems)
         return model
@@ -150,11 +149,17 @@ def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
             for name in ours
             if ours[name] != theirs[name]
         ]
-    problems += [problem.message for problem in check_quest(replace(cfg, model=model))]
-    problems += [message for _, message in camera_problems(replace(cfg, model=model))]
+    problems += _model_problems(cfg, model)
     if problems:
         raise ConfigError(problems)
     return model
+
+
+def _model_problems(cfg: ExperimentConfig, model: ModelConfig) -> list[str]:
+    """What a run does not allow of the model that comes with its policy."""
+    with_it = replace(cfg, model=model)
+    of_fields = [*check_quest(with_it), *check_served(cfg, model)]
+    return [*(problem.message for problem in of_fields), *(message for _, message in camera_problems(with_it))]
 
 
 def check_instructions(cfg: ExperimentConfig, suite: Suite) -> None:

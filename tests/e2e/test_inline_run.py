@@ -295,8 +295,8 @@ def test_a_server_that_keeps_old_weights_is_caught(finished_run, tmp_path, monke
 
 
 def load_report_of(update):
-    from vlarl_ray.inference.base import LoadReport
     from vlarl_ray.weights.canary import update_digests
+    from vlarl_ray.weights.update import LoadReport
 
     return LoadReport(update.version, update_digests(update), 1.0, 0.0)
 

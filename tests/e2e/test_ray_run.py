@@ -176,6 +176,41 @@ def test_a_killed_env_worker_costs_its_episodes_a_repetition(cluster, policy, tm
         assert before.rewards.tolist() == after.rewards.tolist()
 
 
+def test_a_server_that_dies_or_hangs_is_restarted_with_its_weights_and_no_episode_is_lost(cluster, policy, tmp_path):
+    from vlarl_ray.envs import make_suite
+    from vlarl_ray.launch import Processes, build_system
+    from vlarl_ray.rollout.tasks import TaskSampler
+
+    cfg = toy_config(tmp_path, policy=str(policy / "policy"))
+    inference = replace(cfg.inference, deadline_s=8.0)
+    cfg = replace(cfg, inference=inference, rollout=replace(cfg.rollout, groups_per_update=40))
+    remote = build_remote(cfg, cfg.policy)
+    try:
+        where = Processes(remote.pool, remote.servers, remote.ranks, remote.transport, [], [], remote.keeper)
+        system = build_system(cfg, make_suite(cfg.env), where, recorder=None)
+        assert system.weights.publish(0)["publish/server_restarts"] == 0
+        tasks = TaskSampler(make_suite(cfg.env), cfg, run_id="kill").training_tasks(0, version=0)
+        undisturbed = system.ledger.run(tasks)
+        signals = [signal.SIGKILL]
+
+        def disturb(_trajectory):
+            if signals:
+                os.kill(ray.get(remote.servers[0].describe.remote())["pid"], signals.pop())
+
+        system.ledger.on_episode = disturb
+        disturbed = system.ledger.run([replace(task, run_id="again") for task in tasks])
+        assert remote.keeper.restarts == 1
+        assert system.ledger.counters.redone == 0
+        os.kill(ray.get(remote.servers[0].describe.remote())["pid"], signal.SIGSTOP)
+        assert system.weights.publish(1)["publish/server_restarts"] == 2
+        assert ray.get(remote.servers[0].health.remote()) == 1
+    finally:
+        remote.close()
+    for before, after in zip(undisturbed, disturbed, strict=True):
+        assert (before.tokens == after.tokens).all()
+        assert before.behaviour_logprobs.tolist() == after.behaviour_logprobs.tolist()
+
+
 def test_metrics_are_seen_in_a_scrape_of_the_node(cluster):
     from vlarl_ray.remote.metrics_sink import RayMetricsSink
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,8 @@ def make_update(**tensors: np.ndarray) -> WeightUpdate:
 
 def test_every_tensor_has_a_digest_of_bytes_and_shape():
     digests = update_digests(make_update(head=OLD))
-    assert set(digests) == {"head", "layer.weight:A", "layer.weight:B"}
+    assert set(digests) == {"head", "layer.weight:A", "layer.weight:B", "lora_scale"}
+    assert update_digests(replace(make_update(head=OLD), lora_scale=0.5))["lora_scale"] != digests["lora_scale"]
     assert update_digests(make_update(head=OLD.reshape(6, 4)))["head"] != digests["head"]
     changed = OLD.copy()
     changed[0, 0] = np.nextafter(changed[0, 0], 9)

@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 
 from vlarl_ray.inference.base import (
+    ConcurrentServer,
     DirectClient,
+    EngineLostError,
     InferenceServer,
-    LoadReport,
+    NoWeightsError,
     WrongVersionError,
+    make_server,
     merge_requests,
     split_reply,
     split_request,
 )
 from vlarl_ray.remote.actors import RemoteClient
 from vlarl_ray.types import ActReply, ActRequest
-from vlarl_ray.weights.update import WeightUpdate
+from vlarl_ray.weights.update import LoadReport, WeightUpdate
 
 
 class SlowEngine:
@@ -48,6 +51,12 @@ class SlowEngine:
     def logprobs(self, request, tokens):
         return np.zeros(tokens.shape, np.float32)
 
+    def health(self):
+        return self.version
+
+    def close(self):
+        pass
+
 
 def make_request(first: int, rows: int, *, version: int = 0, temperature: float = 1.0, lag: int = 0) -> ActRequest:
     return ActRequest(
@@ -62,6 +71,7 @@ def make_request(first: int, rows: int, *, version: int = 0, temperature: float 
 
 
 UPDATE = WeightUpdate(version=0, lora_scale=1.0, adapters={}, tensors={})
+REPLY = ActReply(np.zeros((1, 1, 1), np.float32), np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32), 0)
 
 
 @pytest.fixture
@@ -173,3 +183,56 @@ def test_frames_travel_with_the_call_where_they_can(side, rows):
     RemoteClient(Handle).act(replace(whole, images=np.zeros((15, 1, side, side, 3), np.uint8)))
     assert [len(part) for part in sent] == rows
     assert all(part.images.nbytes < 100 * 1024 for part in sent) or side == 224
+
+
+def test_an_answer_is_asked_for_again_until_the_server_has_weights_again(monkeypatch):
+    monkeypatch.setattr("vlarl_ray.remote.actors._RETRY_S", 0.01)
+    outcomes = [NoWeightsError("none"), EngineLostError("gone"), REPLY]
+
+    class Handle:
+        class act:  # noqa: N801 - stands for a method of an actor handle
+            @staticmethod
+            def remote(*_parts):
+                future, outcome = Future(), outcomes.pop(0)
+                future.set_exception(outcome) if isinstance(outcome, Exception) else future.set_result(outcome)
+                return SimpleNamespace(future=lambda: future)
+
+    request = replace(make_request(0, 1), images=np.zeros((1, 1, 8, 8, 3), np.uint8))
+    assert RemoteClient(Handle).act(request).result(timeout=10.0) is REPLY
+    assert outcomes == []
+    outcomes += [NoWeightsError("none")] * 1000
+    with pytest.raises(NoWeightsError):
+        RemoteClient(Handle).act(request).result(timeout=0.1)
+
+
+def test_a_hung_engine_gives_no_sign_of_health():
+    engine = SlowEngine()
+    server = InferenceServer(engine, batch_size=8, batch_window_ms=0.0)
+    server.load(UPDATE).result(10)
+    assert server.health().result(10) == 0
+    waiting = server.act(make_request(0, 1))
+    sign = server.health()
+    assert wait([sign], timeout=0.2).not_done
+    engine.gate.set()
+    assert sign.result(10) == 0
+    assert waiting.done()
+    server.close()
+
+
+def test_an_engine_that_batches_by_itself_gets_requests_as_they_come():
+    class Eager(SlowEngine):
+        def act(self, request):
+            future = Future()
+            future.set_result(self.sample(request))
+            return future
+
+    engine = Eager()
+    engine.gate.set()
+    server = make_server(engine, batch_size=8, batch_window_ms=0.0)
+    assert isinstance(server, ConcurrentServer)
+    server.load(UPDATE).result(10)
+    assert [len(server.act(make_request(0, rows)).result(10).actions) for rows in (2, 3)] == [2, 3]
+    assert engine.batches == [2, 3]
+    assert server.logprobs(make_request(0, 2), np.zeros((2, 1), np.int32)).result(10).shape == (2, 1)
+    server.close()
+    assert isinstance(make_server(SlowEngine(), batch_size=8, batch_window_ms=0.0), InferenceServer)

@@ -11,6 +11,7 @@ import torch
 from benchmarks._official_folder import OPENVLA_7B
 from benchmarks.memory import compare
 from tests.small_quest import official_size, quest_config
+from vlarl_ray.config import InferenceConfig, VllmConfig
 from vlarl_ray.config_loader import load_config
 from vlarl_ray.live_bytes import LiveBytes
 from vlarl_ray.memory_plan import plan_memory
@@ -32,6 +33,20 @@ def test_autoregressive_decoding_keeps_keys_and_values():
     assert cached["planned"] > 0
     sampling = figures["inference server: sampling"]
     assert cached["planned"] + sampling["planned"] == pytest.approx(cached["measured"] + sampling["measured"], rel=0.15)
+
+
+def test_vllm_reserves_its_pool_and_merges_one_tensor_at_a_time():
+    cfg = load_config("jobs/smoke.yaml", ["--model.decoding", "autoregressive"])
+
+    def parts(**settings):
+        inference = InferenceConfig(engine="vllm", vllm=VllmConfig(**settings))
+        plan = plan_memory(replace(cfg, inference=inference))
+        return {part.name: part.num_bytes for part in plan.parts if part.process == "inference server"}
+
+    assert parts()["keys and values"] == GIB
+    assert parts(kv_cache_bytes=1 << 20)["keys and values"] == 1 << 20
+    assert parts()["merging"] == 768 * 64 * 12  # the embedding, in fp32 throughout
+    assert parts(max_num_seqs=8)["sampling"] < parts(max_num_seqs=64)["sampling"]
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])

@@ -2,7 +2,8 @@
 
     EnvWorker ─ ActRequest ─► InferenceServer queue ─► one batch ─► Engine.sample ─► ActReply ─► EnvWorker
 
-A request waits for the batch in progress only; `batch_window_ms` can trade latency for fuller batches.
+A request waits for the batch in progress only; `batch_window_ms` can trade latency for fuller batches. An engine that
+takes requests at any time (vLLM) gets them as they come, from a `ConcurrentServer`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
@@ -21,7 +22,7 @@ import numpy as np
 from jaxtyping import Float32, Num
 
 from vlarl_ray.types import ActReply, ActRequest
-from vlarl_ray.weights.update import WeightUpdate
+from vlarl_ray.weights.update import LoadReport, WeightUpdate
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,21 +31,17 @@ class WrongVersionError(RuntimeError):
     """A server was asked for weights it does not hold."""
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What a server did with a `WeightUpdate`."""
+class NoWeightsError(WrongVersionError):
+    """A server holds no version at all: it has just started, or a publication failed."""
 
-    version: int
-    digests: dict[str, str]
-    """sha256 of each tensor that entered the loader, by the names of `weights.canary.digests`."""
-    delta_kept: float
-    """Projection of the served weight change on the one asked for: 1 if rounding lost nothing."""
-    seconds: float
+
+class EngineLostError(RuntimeError):
+    """An engine's processes are gone; only a new engine can answer."""
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """A model that can be given weights and asked for action chunks. Called from one thread."""
+    """A model that can be given weights and asked for action chunks. Called from one thread, unless it says more."""
 
     version: int | None
     """Version of the weights in place; None until the first `load`."""
@@ -61,15 +58,38 @@ class Engine(Protocol):
         """Score given tokens under the weights in place, through the path that sampling takes."""
         ...
 
+    def health(self) -> int | None:
+        """Return the version in place, after asking every process that answering takes.
+
+        Raises:
+            EngineLostError: If one is gone.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what does not end with the object, such as processes."""
+        ...
+
+
+@runtime_checkable
+class ConcurrentEngine(Engine, Protocol):
+    """An engine whose methods may be called from several threads, and which batches by itself."""
+
+    def act(self, request: ActRequest) -> Future[ActReply]:
+        """Start answering every row of the request, if the weights in place are those it asks for."""
+        ...
+
 
 def check_version(held: int | None, request: ActRequest) -> None:
     """Refuse to answer with weights other than those asked for.
 
     Raises:
-        WrongVersionError: If `held` is outside [asked, asked + lag].
+        WrongVersionError: If `held` is outside [asked, asked + lag], or (`NoWeightsError`) there is none.
     """
     oldest, newest = request.policy_version, request.policy_version + request.max_policy_lag
-    if held is None or not oldest <= held <= newest:
+    if held is None:
+        raise NoWeightsError(f"server holds version None, request wants {oldest}..{newest}; publish first.")
+    if not oldest <= held <= newest:
         raise WrongVersionError(f"server holds version {held}, request wants {oldest}..{newest}; publish first.")
 
 
@@ -171,6 +191,10 @@ class InferenceServer:
 
         return self._enqueue(score)
 
+    def health(self) -> Future[int | None]:
+        """Queue a question for the version in place; no answer means that the engine hangs."""
+        return self._enqueue(self._engine.health)
+
     def close(self) -> None:
         """Stop the thread after what is queued."""
         self._inbox.put(None)
@@ -224,6 +248,42 @@ class InferenceServer:
             return
         for future, part in zip(futures, split_reply(reply, [len(r) for r in requests]), strict=True):
             future.set_result(part)
+
+
+class ConcurrentServer:
+    """Hands requests to an engine as they come."""
+
+    def __init__(self, engine: ConcurrentEngine) -> None:
+        self._engine = engine
+        self._threads = ThreadPoolExecutor(max_workers=3, thread_name_prefix="inference")
+
+    def act(self, request: ActRequest) -> Future[ActReply]:
+        """Start a request."""
+        return self._engine.act(request)
+
+    def load(self, update: WeightUpdate) -> Future[LoadReport]:
+        """Start loading new weights; requests that come later see them."""
+        return self._threads.submit(self._engine.load, update)
+
+    def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Future:
+        """Start scoring (the canary's probe)."""
+        return self._threads.submit(self._engine.logprobs, request, tokens)
+
+    def health(self) -> Future[int | None]:
+        """Ask for the version in place; no answer means that the engine hangs."""
+        return self._threads.submit(self._engine.health)
+
+    def close(self) -> None:
+        """End the engine."""
+        self._threads.shutdown()
+        self._engine.close()
+
+
+def make_server(engine: Engine, *, batch_size: int, batch_window_ms: float) -> InferenceServer | ConcurrentServer:
+    """Put a server before an engine; see `InferenceServer` for the arguments."""
+    if isinstance(engine, ConcurrentEngine):
+        return ConcurrentServer(engine)
+    return InferenceServer(engine, batch_size=batch_size, batch_window_ms=batch_window_ms)
 
 
 def _joins(first: ActRequest, job: object, rows: int, batch_size: int) -> bool:

@@ -13,14 +13,13 @@ from jaxtyping import Float32, Num
 from torch import Tensor
 
 from vlarl_ray.config import InferenceConfig
-from vlarl_ray.inference.base import LoadReport
 from vlarl_ray.models.base import PolicyInputs, VLAModel
 from vlarl_ray.models.distributions import samples_to_numpy, samples_to_torch
-from vlarl_ray.models.lora import merged_weight
 from vlarl_ray.models.policy import load_policy, policy_weights
 from vlarl_ray.types import ActReply, ActRequest
 from vlarl_ray.weights.canary import update_digests
-from vlarl_ray.weights.update import WeightUpdate
+from vlarl_ray.weights.merge import DeltaMeter, as_tensor, merge
+from vlarl_ray.weights.update import LoadReport, WeightUpdate
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,30 +48,24 @@ class TorchEngine:
         self.version: int | None = None
 
     def load(self, update: WeightUpdate) -> LoadReport:
-        """Merge from the pristine base, one tensor at a time, in fp32; replaced tensors are copied."""
+        """Merge from the pristine base, one tensor at a time (see `weights.merge`); replaced tensors are copied."""
         start = time.perf_counter()
         self.version = None  # a load that fails half-way must not answer
-        kept, asked = 0.0, 0.0
+        meter = DeltaMeter()
         known = {name: slice(None) for name in update.adapters if self._checked(name)}
         with torch.no_grad():
             for name, tensor in self._pristine.read_rows(known):
-                a, b = update.adapters[name]
-                pristine = tensor.float()
-                target = merged_weight(pristine, _tensor(a), _tensor(b), update.lora_scale)
-                self._assign(name, target)
-                if not torch.equal(self._parameters[name].cpu(), target.to(self._parameters[name].dtype)):
+                served = merge(name, tensor, update, dtype=self._parameters[name].dtype, meter=meter)
+                self._assign(name, served)
+                if not torch.equal(self._parameters[name].cpu(), served):
                     raise RuntimeError(f"{name} does not hold what was merged into it.")
-                delta = (target - pristine).double()
-                served = (self._parameters[name].float().cpu() - pristine).double()
-                kept += float((served * delta).sum())
-                asked += float((delta * delta).sum())
             for name, value in update.tensors.items():
-                self._assign(name, _tensor(value))
+                self._assign(name, as_tensor(value))
         self.version = update.version
         return LoadReport(
             version=update.version,
             digests=update_digests(self._as_served(update)),
-            delta_kept=kept / asked if asked else 1.0,
+            delta_kept=meter.share,
             seconds=time.perf_counter() - start,
         )
 
@@ -100,6 +93,13 @@ class TorchEngine:
             scored = actions.log_prob(taken, temperature=request.temperature)
             parts.append(scored[: rows.stop - rows.start])
         return torch.cat(parts).float().cpu().numpy()
+
+    def health(self) -> int | None:
+        """Return the version in place: the engine lives as long as its process."""
+        return self.version
+
+    def close(self) -> None:
+        """Nothing outlives the object."""
 
     def _batches(self, count: int) -> list[slice]:
         size = self._cfg.batch_size
@@ -154,8 +154,3 @@ class TorchEngine:
                 f"weight update: {name!r} has shape {tuple(value.shape)}, the model's is {tuple(parameter.shape)}."
             )
         parameter.copy_(value)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    # A copy: arrays from the object store are read-only, which torch does not support.
-    return torch.from_numpy(np.array(array, dtype=np.float32))

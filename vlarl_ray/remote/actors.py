@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -19,9 +20,11 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
 
 from vlarl_ray.config import ExperimentConfig
-from vlarl_ray.inference.base import InferenceServer, merge_requests, split_request
+from vlarl_ray.inference.base import EngineLostError, NoWeightsError, make_server, merge_requests, split_request
+from vlarl_ray.remote.keeper import longest_start_s
 from vlarl_ray.types import ActReply, ActRequest, FrameRef, TaskSpec, TrainBatch, Trajectory
 from vlarl_ray.weights.update import WeightUpdate
 
@@ -30,6 +33,10 @@ _LOG = logging.getLogger(__name__)
 _INLINE_BYTES = 90_000
 """Bytes of frames in one argument of a call. Ray sends up to 100 KiB with the call; a larger argument goes through
 the object store, which costs more CPU time than the rest of the call."""
+
+
+_RETRY_S = 0.5
+"""Between two attempts to reach a server that is being restarted."""
 
 
 class RemoteClient:
@@ -42,7 +49,33 @@ class RemoteClient:
         """Send a request; Ray resolves the future from a thread of its own."""
         rows = _INLINE_BYTES // request.images[0].nbytes
         parts = split_request(request, rows) if rows else [request]
-        return self._server.act.remote(*parts).future()
+        return _Answer(lambda: self._server.act.remote(*parts).future())
+
+
+class _Answer(Future):
+    """An answer that is asked for again while its server is down or has no weights yet.
+
+    Asking twice is safe: what is sampled depends on the request's noise keys alone.
+    """
+
+    def __init__(self, send: Callable[[], Future]) -> None:
+        super().__init__()
+        self._send = send
+        self._sent = send()
+
+    def result(self, timeout: float | None = None) -> ActReply:
+        """Wait for the answer, of whichever attempt, for `timeout` seconds in all."""
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return self._sent.result(None if timeout is None else max(0.0, left))
+            except (RayActorError, NoWeightsError, EngineLostError) as error:
+                if left <= _RETRY_S:
+                    raise
+                _LOG.warning("no answer (%s); asking again", type(error).__name__)
+                time.sleep(_RETRY_S)
+                self._sent = self._send()
 
 
 class EnvWorkerActor:
@@ -99,7 +132,8 @@ class EnvWorkerActor:
                 RemoteClient(ray.get_actor(server)),
                 num_envs=cfg.rollout.envs_per_worker,
                 index=index,
-                deadline_s=cfg.inference.deadline_s,
+                # by then a hung server was noticed, and another started in its place
+                deadline_s=cfg.inference.deadline_s + longest_start_s(cfg.cluster),
             )
             while True:
                 while worker.is_idle or not self._inbox.empty():
@@ -145,7 +179,7 @@ class InferenceServerActor:
             deterministic=cfg.trust.deterministic,
             device=pick_device(cfg.inference.device),
         )
-        self._server = InferenceServer(
+        self._server = make_server(
             engine, batch_size=cfg.inference.batch_size, batch_window_ms=cfg.inference.batch_window_ms
         )
 
@@ -160,6 +194,10 @@ class InferenceServerActor:
     def logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
         """Score the probe batch."""
         return self._server.logprobs(request, tokens).result()
+
+    def health(self) -> int | None:
+        """Version in place, None where there is none yet; see `Engine.health`."""
+        return self._server.health().result()
 
     def describe(self) -> dict[str, Any]:
         """Process id and GPUs of this server."""

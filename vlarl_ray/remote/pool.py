@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,10 @@ from vlarl_ray.rollout.episode import EpisodeFailure
 from vlarl_ray.types import TaskSpec, Trajectory
 
 _LOG = logging.getLogger(__name__)
+
+
+_CHECK_S = 1.0
+"""Between two looks at the servers."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,20 @@ class RayPool:
             driver.
         deadline_s: A worker that has episodes and returns none for this long counts as hung: it is killed (Ray
             restarts it) and all its episodes come back as failures, to be redone.
+        check_servers: Called now and then while waiting: workers without a server return nothing.
     """
 
-    def __init__(self, workers: Sequence[Any], *, seats_per_worker: int, deadline_s: float) -> None:
+    def __init__(
+        self,
+        workers: Sequence[Any],
+        *,
+        seats_per_worker: int,
+        deadline_s: float,
+        check_servers: Callable[[], None] | None = None,
+    ) -> None:
         self._workers = list(workers)
+        self._check_servers = check_servers
+        self._checked = 0.0
         self._deadline_s = deadline_s
         self._per_worker = seats_per_worker + max(2, seats_per_worker // 4)
         self._running: dict[Any, _Running] = {}
@@ -56,10 +70,15 @@ class RayPool:
     def collect(self) -> list[Trajectory | EpisodeFailure]:
         """Wait for the next result, or the next deadline."""
         oldest = min(self._last_sign[running.worker] for running in self._running.values())
-        timeout = max(0.0, oldest + self._deadline_s - time.monotonic())
-        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
-        if not ready:
-            return self._kill_hung()
+        ready: list[Any] = []
+        while not ready:
+            if self._check_servers and time.monotonic() > self._checked + _CHECK_S:
+                self._check_servers()
+                self._checked = time.monotonic()
+            left = max(0.0, oldest + self._deadline_s - time.monotonic())
+            ready, _ = ray.wait(list(self._running), num_returns=1, timeout=min(left, _CHECK_S))
+            if not ready and left == 0.0:
+                return self._kill_hung()
         more, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         return [self._take(reference) for reference in more]
 

