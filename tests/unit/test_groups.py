@@ -144,6 +144,12 @@ def test_without_dynamic_sampling_every_group_counts():
     assert len(intake.accepted) == len(intake.attempted) == 5
 
 
+def test_a_group_from_two_initial_states_is_an_internal_error_that_names_both():
+    members = tuple(make_trajectory(make_task("a", slot=slot, init_state_id=3 + slot)) for slot in range(2))
+    with pytest.raises(AssertionError, match="a from train state 3 and a from train state 4"):
+        GroupIntake(DYNAMIC).offer(TrajectoryGroup(members))
+
+
 def test_frames_of_rejected_groups_are_let_go_at_once():
     intake = GroupIntake(replace(DYNAMIC, num_wanted=1))
     assert not intake.offer(group(True, True))

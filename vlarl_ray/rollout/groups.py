@@ -73,6 +73,9 @@ class GroupIntake:
         """Judge the next group of the draw order; returns whether it was accepted."""
         if self.is_done:
             raise ValueError("the iteration has its groups; nothing more is judged.")
+        contexts = dict.fromkeys((t.task.task_id, t.task.split, t.task.init_state_id) for t in group.trajectories)
+        named = " and ".join(f"{task} from {split} state {state}" for task, split, state in contexts)
+        assert len(contexts) == 1, f"one group holds episodes of several contexts: {named}; they cannot be compared."
         accepts = self.rule.accepts(group)
         self.attempted.append(group if accepts else without_frames(group))
         if accepts:
