@@ -140,7 +140,14 @@ def _model(cfg: ExperimentConfig) -> Iterator[Problem]:
 
 def check_start(cfg: ExperimentConfig) -> list[Problem]:
     """Find out whether the run has something to start from."""
-    return [Problem(fields, message) for fields, message in expert_problems(cfg)]
+    problems = [Problem(fields, message) for fields, message in expert_problems(cfg)]
+    if cfg.model.action_head == "l1" and cfg.model.architecture in registry.MODELS:
+        message = (
+            "model.action_head = l1: has no likelihood, so RL cannot train it; set laplace or gaussian, or fine-tune it "
+            "(vlarl sft), give it a spread with vlarl_ray.models.add_scale_head, and pass that folder as policy."
+        )
+        problems.append(Problem(("model.action_head",), message))
+    return problems
 
 
 def check_quest(cfg: ExperimentConfig) -> Iterator[Problem]:

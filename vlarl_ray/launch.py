@@ -147,7 +147,7 @@ def run_evaluate(cfg: ExperimentConfig, policy: str) -> int:
     with ExitStack() as stack:
         memory = stack.enter_context(PeakMemory())
         policy_dir = given_policy(cfg, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        where = stack.enter_context(processes(cfg, policy_dir, inline=True, memory=memory))
+        where = stack.enter_context(processes(cfg, policy_dir, inline=True, memory=memory, evaluates_only=True))
         system = build_system(cfg, suite, where, recorder=None)
         system.weights.publish(0)
         result = evaluate(cfg.evaluation, system, version=0).result
@@ -268,10 +268,15 @@ def join_ray(cfg: ExperimentConfig, stack: ExitStack) -> None:
 
 
 @contextmanager
-def processes(cfg: ExperimentConfig, policy_dir: Path, *, inline: bool, memory: PeakMemory) -> Iterator[Processes]:
+def processes(
+    cfg: ExperimentConfig, policy_dir: Path, *, inline: bool, memory: PeakMemory, evaluates_only: bool = False
+) -> Iterator[Processes]:
     """Start env workers, servers and learner ranks; end them on leaving, however the run ends. Ray must be joined."""
     with ExitStack() as stack:
-        where = _inline_processes(cfg, policy_dir, stack) if inline else _ray_processes(cfg, policy_dir, stack)
+        if inline:
+            where = _inline_processes(cfg, policy_dir, stack, evaluates_only=evaluates_only)
+        else:
+            where = _ray_processes(cfg, policy_dir, stack)
         memory.watch(where.process_ids)
         yield where
 
@@ -293,7 +298,7 @@ def _ray_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack) ->
     )
 
 
-def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack) -> Processes:
+def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack, *, evaluates_only: bool) -> Processes:
     import torch
 
     from vlarl_ray.inference.base import DirectClient
@@ -302,7 +307,7 @@ def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack)
     from vlarl_ray.rollout.env_worker import EnvWorker
 
     torch.set_num_threads(cfg.learner.num_threads)
-    if cfg.learner.num_ranks > 1:
+    if cfg.learner.num_ranks > 1 and not evaluates_only:
         _LOG.info(
             "--inline: one learner rank instead of %d; the update is the same up to rounding", cfg.learner.num_ranks
         )
@@ -312,7 +317,8 @@ def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack)
     num_envs = cfg.rollout.num_workers * cfg.rollout.envs_per_worker
     worker = EnvWorker(make_suite(cfg.env).make_env, DirectClient(engine), num_envs=num_envs)
     stack.callback(worker.close)
-    learner = build_learner(cfg, policy_dir, rank=0, world_size=1, store_address=("127.0.0.1", _free_port()))
+    address = ("127.0.0.1", _free_port())
+    learner = build_learner(cfg, policy_dir, rank=0, world_size=1, store_address=address, evaluates_only=evaluates_only)
     stack.callback(learner.shutdown)
     return Processes(InlinePool(worker, capacity=num_envs + 2), [engine], [learner], LocalTransport(), [], [])
 

@@ -61,6 +61,7 @@ def test_a_text_field_that_takes_lists_takes_a_word_or_a_list():
 
 
 QUEST = ["--model.architecture", "quest", "--algorithm.ratio_level", "token"]
+L1 = ["--model.architecture", "openvla_oft", "--model.action_head", "l1"]
 TWO_CAMERAS = ["--model.architecture", "openvla_oft", "--model.oft.num_cameras", "2"]
 BROKEN = {
     # types and ranges
@@ -326,6 +327,11 @@ def test_quest_computes_in_float32():
         "learner.dtype = bfloat16",
         "inference.dtype = bfloat16",
     ]
+
+
+def test_an_action_head_without_likelihood_is_refused_before_training_only():
+    assert "model.action_head = l1: has no likelihood" in problems(*L1, purpose="train")[0]
+    load_config(None, L1)
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -151,6 +151,13 @@ def test_a_policy_without_likelihood_is_refused_by_the_learner(tmp_path):
         build_learner(cfg, tmp_path, rank=0, world_size=1, store_address=None)
 
 
+def test_a_policy_without_likelihood_can_be_evaluated(tmp_path):
+    continuous_model("l1").save(tmp_path)
+    cfg = ExperimentConfig(learner=LearnerConfig(num_ranks=1))
+    learner = build_learner(cfg, tmp_path, rank=0, world_size=1, store_address=None, evaluates_only=True)
+    assert learner.weight_update(0) is not None
+
+
 def test_the_scale_head_as_a_moving_reference_is_refused(tmp_path):
     continuous_model("gaussian").save(tmp_path)
     cfg = ExperimentConfig(algorithm=AlgorithmConfig(kl_coef=0.1), learner=LearnerConfig(num_ranks=1))

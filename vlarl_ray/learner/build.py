@@ -21,6 +21,7 @@ def build_learner(
     world_size: int,
     store_address: tuple[str, int] | None,
     device: str = "cpu",
+    evaluates_only: bool = False,
 ) -> Learner:
     """Load the policy, attach adapters, shard, and join the process group.
 
@@ -31,6 +32,7 @@ def build_learner(
         world_size: Number of ranks.
         store_address: Host and port where ranks meet; None in one process.
         device: Torch device of this rank.
+        evaluates_only: Whether it only gives its weights out, as any policy can.
 
     Raises:
         ValueError: If the policy has no likelihood.
@@ -50,7 +52,7 @@ def build_learner(
             critic=cfg.learner.critic,
             detach_value=cfg.learner.detach_value,
         )
-    if not model.has_likelihood:
+    if not (model.has_likelihood or evaluates_only):
         raise ValueError(
             f"model.action_head = {model.model_config.action_head!r} has no likelihood, so RL cannot train it; give "
             "the policy a spread with vlarl_ray.models.add_scale_head, and pass the new folder as policy."
