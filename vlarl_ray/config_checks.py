@@ -46,6 +46,7 @@ def check_config(cfg: ExperimentConfig, environ: Mapping[str, str] = os.environ)
         _rollout,
         _sampling,
         _self_bc,
+        _chunk_ppo,
         _control,
         _memory,
         _devices,
@@ -143,8 +144,8 @@ def check_start(cfg: ExperimentConfig) -> list[Problem]:
     problems = [Problem(fields, message) for fields, message in expert_problems(cfg)]
     if cfg.model.action_head == "l1" and cfg.model.architecture in registry.MODELS:
         message = (
-            "model.action_head = l1: has no likelihood, so RL cannot train it; set laplace or gaussian, or fine-tune it "
-            "(vlarl sft), give it a spread with vlarl_ray.models.add_scale_head, and pass that folder as policy."
+            "model.action_head = l1: has no likelihood, so RL cannot train it; set laplace or gaussian, or fine-tune "
+            "it (vlarl sft), give it a spread with vlarl_ray.models.add_scale_head, and pass that folder as policy."
         )
         problems.append(Problem(("model.action_head",), message))
     return problems
@@ -223,7 +224,7 @@ def _oft(cfg: ExperimentConfig) -> Iterator[Problem]:
 def _learning(cfg: ExperimentConfig) -> Iterator[Problem]:
     algorithm, learner = cfg.algorithm, cfg.learner
     warmup = algorithm.critic_warmup_updates
-    if 0 < cfg.num_iterations <= warmup:
+    if algorithm.name not in ("rloo", "grpo") and 0 < cfg.num_iterations <= warmup:  # those have no critic
         advice = (
             f"covers all num_iterations = {cfg.num_iterations}, so the policy never learns; lower it, or set both to 0"
         )
@@ -300,6 +301,18 @@ def _sampling(cfg: ExperimentConfig) -> Iterator[Problem]:
         fields = ("sampling.min_success", "sampling.max_success")
         message = f"is above sampling.max_success = {sampling.max_success}, so every group would be rejected; lower it"
         yield Problem(fields, f"sampling.min_success = {sampling.min_success}: {message}.")
+    elif sampling.dynamic and not any(
+        sampling.min_success <= count / rollout.group_size <= sampling.max_success
+        for count in range(1, rollout.group_size)
+    ):
+        fields = ("sampling.min_success", "sampling.max_success", "rollout.group_size")
+        message = (
+            f"sampling.min_success = {sampling.min_success}, sampling.max_success = {sampling.max_success}: no group "
+            f"of {rollout.group_size} lies between them unless all its episodes end alike, so every group would be "
+            "rejected; widen them, or raise rollout.group_size."
+        )
+        if rollout.group_size > 1:
+            yield Problem(fields, message)
     if sampling.dynamic:
         return
     defaults = SamplingConfig()
@@ -320,6 +333,27 @@ def _self_bc(cfg: ExperimentConfig) -> Iterator[Problem]:
         fields = ("algorithm.self_bc.min_bc_weight", "algorithm.self_bc.max_bc_weight")
         message = f"is above algorithm.self_bc.max_bc_weight = {self_bc.max_bc_weight}; lower it"
         yield Problem(fields, f"algorithm.self_bc.min_bc_weight = {self_bc.min_bc_weight}: {message}.")
+
+
+def _chunk_ppo(cfg: ExperimentConfig) -> Iterator[Problem]:
+    if cfg.algorithm.name != "chunk_ppo":
+        return
+    path, self_bc = "algorithm.self_bc", cfg.algorithm.self_bc
+    if self_bc.pin_demos and self_bc.seed_demos >= self_bc.capacity:
+        fields = (f"{path}.pin_demos", f"{path}.seed_demos", f"{path}.capacity")
+        message = f"fills {path}.capacity = {self_bc.capacity} for good with {path}.seed_demos = {self_bc.seed_demos}"
+        yield Problem(fields, f"{path}.pin_demos = true: {message}, so no episode ever enters; raise the capacity.")
+    if self_bc.schedule == "entropy_adaptive" and cfg.model.action_head != "tokens":
+        fields = (f"{path}.schedule", "model.action_head")
+        message = (
+            f"divides entropies, which a continuous head (model.action_head = {cfg.model.action_head}) has below 0"
+        )
+        yield Problem(fields, f"{path}.schedule = entropy_adaptive: {message}; set another schedule.")
+    if cfg.rollout.shuffle_rewards:
+        message = (
+            "is no control of chunk_ppo, which clones the episodes that truly succeeded; set algorithm.name to ppo"
+        )
+        yield Problem(("rollout.shuffle_rewards", "algorithm.name"), f"rollout.shuffle_rewards = true: {message}.")
 
 
 def _control(cfg: ExperimentConfig) -> Iterator[Problem]:

@@ -61,6 +61,9 @@ def test_a_text_field_that_takes_lists_takes_a_word_or_a_list():
 
 
 QUEST = ["--model.architecture", "quest", "--algorithm.ratio_level", "token"]
+RLOO = ["--algorithm.name", "rloo", "--rollout.group_size", "4", "--rollout.groups_per_update", "8"]
+CHUNK_PPO = ["--algorithm.name", "chunk_ppo", "--rollout.max_inflight_bytes", str(2**29)]
+GAUSSIAN = ["--model.architecture", "pixel_mlp", "--model.action_head", "gaussian"]
 L1 = ["--model.architecture", "openvla_oft", "--model.action_head", "l1"]
 TWO_CAMERAS = ["--model.architecture", "openvla_oft", "--model.oft.num_cameras", "2"]
 BROKEN = {
@@ -112,6 +115,26 @@ BROKEN = {
     "control with a discount": (
         ["--rollout.shuffle_rewards", "true"],
         "algorithm.gamma = 0.99: rollout.shuffle_rewards needs 1",
+    ),
+    "band between two outcomes": (
+        [*RLOO, "--sampling.dynamic", "true", "--sampling.min_success", "0.3", "--sampling.max_success", "0.4"],
+        "sampling.min_success = 0.3, sampling.max_success = 0.4: no group of 4 lies between them",
+    ),
+    "band of uniform groups": (
+        [*RLOO, "--sampling.dynamic", "true", "--sampling.min_success", "1.0"],
+        "sampling.min_success = 1.0, sampling.max_success = 1.0: no group of 4 lies between them",
+    ),
+    "buffer full of pinned demonstrations": (
+        [*CHUNK_PPO, "--algorithm.self_bc.pin_demos", "true", "--algorithm.self_bc.capacity", "10"],
+        "algorithm.self_bc.pin_demos = true: fills algorithm.self_bc.capacity = 10 for good",
+    ),
+    "entropy of a continuous head as a factor": (
+        [*CHUNK_PPO, *GAUSSIAN, "--algorithm.self_bc.schedule", "entropy_adaptive"],
+        "algorithm.self_bc.schedule = entropy_adaptive: divides entropies",
+    ),
+    "control that clones true successes": (
+        [*CHUNK_PPO, "--rollout.shuffle_rewards", "true", "--algorithm.gamma", "1"],
+        "rollout.shuffle_rewards = true: is no control of chunk_ppo",
     ),
     "no group to compare in": (
         ["--algorithm.name", "rloo"],
@@ -327,6 +350,10 @@ def test_quest_computes_in_float32():
         "learner.dtype = bfloat16",
         "inference.dtype = bfloat16",
     ]
+
+
+def test_an_algorithm_without_a_critic_needs_no_update_after_the_critics_warm_up():
+    load_config(None, [*RLOO, "--num_iterations", "1"])
 
 
 def test_an_action_head_without_likelihood_is_refused_before_training_only():
