@@ -116,6 +116,8 @@ def test_what_the_checkpoint_settles_may_not_be_said_otherwise(copy):
         ({"timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_x"], "tiny": {}}, "names 'vit_x'"),
         ({"image_sizes": [42, 56]}, "both towers must take the same image"),
         ({"pad_to_multiple_of": 48}, "action tokens would lie elsewhere"),
+        ({"n_action_bins": None, "image_sizes": 42}, "image_sizes = 42, n_action_bins = None: missing"),
+        ({"norm_stats": {"bridge_orig": {"proprio": {}}}}, r"statistics of 'bridge_orig' lack action\.q01"),
     ],
 )
 def test_models_that_are_none_of_ours_are_refused(copy, changes, message):

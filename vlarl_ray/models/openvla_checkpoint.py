@@ -94,7 +94,9 @@ def read_openvla(folder: Path, wanted: ModelConfig, *, unnorm_key: str | None = 
     is_oft = wanted.architecture == "openvla_oft" or bool(components)
     known, key = _statistics(folder, config, unnorm_key)
     kind = config.get("tiny", {}).get("action_proprio_normalization_type", "bounds_q99")
+    _require(config, {"image_sizes": list, "pad_to_multiple_of": int, "n_action_bins": int}, folder / "config.json")
     statistics = _with_bounds(known[key], kind)
+    _require_bounds(statistics, key, folder)
     weights = _all_weights(folder)
     determined = _determined(config, statistics, weights, is_oft=is_oft)
     processor = folder / "preprocessor_config.json"
@@ -279,6 +281,29 @@ def _statistics(folder: Path, config: Mapping[str, Any], unnorm_key: str | None)
     if key not in known:
         raise ValueError(f"unnorm_key = {key!r} is not in {folder / where}; {suggest(key, known)}.")
     return known, key
+
+
+def _require(config: Mapping[str, Any], kinds: Mapping[str, type], path: Path) -> None:
+    """Require fields that nothing else tells.
+
+    Raises:
+        ValueError: Naming every one that is missing or of another type.
+    """
+    odd = [f"{name} = {config.get(name)!r}" for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
+    if odd:
+        raise ValueError(f"{path}: {', '.join(odd)}: missing or of another type; take the checkpoint's own file.")
+
+
+def _require_bounds(statistics: Mapping[str, Any], key: str, folder: Path) -> None:
+    """Require what actions are un-normalised with.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    if not all(isinstance(statistics.get("action", {}).get(name), list) for name in ("q01", "q99")):
+        raise ValueError(
+            f"{folder}: the statistics of {key!r} lack action.q01 or action.q99; take the checkpoint's own."
+        )
 
 
 def _with_bounds(statistics: Mapping[str, Any], kind: str) -> dict[str, Any]:
