@@ -333,6 +333,12 @@ def _self_bc(cfg: ExperimentConfig) -> Iterator[Problem]:
         fields = ("algorithm.self_bc.min_bc_weight", "algorithm.self_bc.max_bc_weight")
         message = f"is above algorithm.self_bc.max_bc_weight = {self_bc.max_bc_weight}; lower it"
         yield Problem(fields, f"algorithm.self_bc.min_bc_weight = {self_bc.min_bc_weight}: {message}.")
+    elif self_bc.bc_weight > self_bc.max_bc_weight:
+        fields = ("algorithm.self_bc.bc_weight", "algorithm.self_bc.max_bc_weight")
+        message = (
+            f"is above algorithm.self_bc.max_bc_weight = {self_bc.max_bc_weight}, which would bound it; raise that"
+        )
+        yield Problem(fields, f"algorithm.self_bc.bc_weight = {self_bc.bc_weight}: {message}.")
 
 
 def _chunk_ppo(cfg: ExperimentConfig) -> Iterator[Problem]:

@@ -123,7 +123,8 @@ class RunRecorder:
             else ({"metrics.jsonl": 0, "evaluations.jsonl": 0} if resume else None),
         )
         self._episodes = EpisodeTable(run_dir, resume_from=state.get("num_episodes", 0) if resume else None)
-        self._iterations = state.get("iteration", 0)
+        self._iterations = self.saved_iteration = state.get("iteration", 0)
+        """`saved_iteration`: where the newest checkpoint goes on; 0 without any."""
         self._mark = time.perf_counter()
         self._last_counters = replace(self.counters)
         self._num_gpus = (
@@ -214,6 +215,7 @@ class RunRecorder:
             "peak_bytes": self._memory.peak_bytes,
         }
         commit(str(self._run_dir), version, arrays=arrays, state=state, keep=self._cfg.checkpoint.keep)
+        self.saved_iteration = iteration
 
     def log_update(
         self, iteration: int, version: int, groups: Sequence[TrajectoryGroup], numbers: Mapping[str, float | None]

@@ -76,7 +76,7 @@ def train(cfg: ExperimentConfig, system: System) -> int:
     iteration, version = recorder.restore(system)  # 0, 0 on a fresh run
     system.weights.publish(version)  # inference answers with these weights
     rule = GroupRule.from_config(cfg)
-    if version == 0:
+    if iteration == 0:
         recorder.log_evaluation("warm_start", evaluate(cfg.evaluation, system, version=0), iteration=0)
     ahead: Future[GroupIntake] | None = None  # at lag 1, the rollout that runs while the learner learns
     while iteration < cfg.num_iterations and not (recorder.is_over_budget or recorder.stop_signal):
@@ -120,7 +120,7 @@ def train(cfg: ExperimentConfig, system: System) -> int:
             wait([ahead] if ahead else [])  # one ledger, one thing at a time
             recorder.log_evaluation("update", evaluate(cfg.evaluation, system, version=version), iteration=iteration)
     wait([ahead] if ahead else [])  # of a run over its budget; these episodes are not used
-    if version % cfg.checkpoint.every_updates:
+    if iteration != recorder.saved_iteration:  # iterations without an update count, too: their draws are used up
         recorder.save(iteration, version, system)
     if recorder.stop_signal:
         return version  # the final evaluation belongs to the end of the run, after it was resumed

@@ -129,6 +129,9 @@ def check_policy(cfg: ExperimentConfig, policy_dir: Path) -> ModelConfig:
     if is_official(policy_dir):  # of its frames it says nothing
         model = read_official(policy_dir, cfg.model, unnorm_key=cfg.unnorm_key).model
         problems = _model_problems(cfg, model)
+        if model.architecture != "quest" and not (policy_dir / "tokenizer.json").exists():
+            message = "its prompts cannot be encoded without; take the file that was published with it"
+            problems.append(f"{policy_dir / 'tokenizer.json'} does not exist: {message}.")
         if problems:
             raise ConfigError(problems)
         return model

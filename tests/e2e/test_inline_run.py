@@ -176,6 +176,10 @@ def test_f38_an_iteration_without_an_accepted_group_changes_no_weight_and_is_cou
     assert [(row["iteration"], row["version"]) for row in rows] == [(0, 0), (1, 0), (2, 0)]
     assert all(row["rollout/accept_rate"] == 0 and row["rollout/groups_attempted"] == 3 for row in rows)
     assert all("learn/policy_loss" not in row for row in rows)
+    assert load_latest(str(tmp_path)).state["iteration"] == 3  # its draws are used up
+    run_training(replace(cfg, num_iterations=4), inline=True, resume=True)
+    assert [(row["iteration"], row["version"]) for row in numbers(tmp_path)][3:] == [(3, 0)]
+    assert [row["label"] for row in evaluations(tmp_path)].count("warm_start") == 1
 
 
 def test_self_cloning_starts_from_the_demonstrations_and_admits_successes(tmp_path):

@@ -197,3 +197,8 @@ def test_quest_is_imported_with_a_table_of_instructions_and_goes_back_as_it_came
         stored, written = load_file(file), load_file(folder / file.name)
         assert stored.keys() == written.keys()
         assert all(torch.equal(written[tensor], stored[tensor]) for tensor in stored)
+
+
+def test_a_published_checkpoint_is_not_exported_again(copy, tmp_path):
+    with pytest.raises(ValueError, match="published layout already"):
+        export_policy(copy, tmp_path / "out")

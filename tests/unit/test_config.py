@@ -124,6 +124,10 @@ BROKEN = {
         [*RLOO, "--sampling.dynamic", "true", "--sampling.min_success", "1.0"],
         "sampling.min_success = 1.0, sampling.max_success = 1.0: no group of 4 lies between them",
     ),
+    "cloning above its bound": (
+        ["--algorithm.self_bc.bc_weight", "20"],
+        "algorithm.self_bc.bc_weight = 20.0: is above algorithm.self_bc.max_bc_weight = 10.0",
+    ),
     "buffer full of pinned demonstrations": (
         [*CHUNK_PPO, "--algorithm.self_bc.pin_demos", "true", "--algorithm.self_bc.capacity", "10"],
         "algorithm.self_bc.pin_demos = true: fills algorithm.self_bc.capacity = 10 for good",

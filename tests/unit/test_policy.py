@@ -172,6 +172,9 @@ def test_a_config_that_is_none_is_refused(folder):
     path.write_text(json.dumps({**description, "model": {"hidden_sise": 3}}))
     with pytest.raises(ValueError, match="hidden_sise"):
         load_policy(folder)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="no JSON object"):
+        load_policy(folder)
     path.write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         load_policy(folder)

@@ -116,6 +116,9 @@ def test_a_checkpoint_for_another_robot_is_refused_before_anything_is_simulated(
     with pytest.raises(ConfigError, match=r"model\.action_dim = 3: the simulators of toy have 2"):
         run_evaluate(cfg, str(folder))
     assert not (tmp_path / "run").exists()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json does not exist: its prompts cannot be encoded"):
+        run_evaluate(cfg, str(folder))
 
 
 def test_frame_steps_are_added_to_what_a_checkpoint_says_of_its_processor(tmp_path):

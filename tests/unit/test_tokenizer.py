@@ -79,3 +79,9 @@ def test_a_prompt_that_ends_in_the_lone_space_gets_no_second_one():
 
 def test_the_training_text_is_prompt_answer_and_end_mark():
     assert training_text("Close it", "xyz") == prompt_text("Close it") + " xyz</s>"
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        PromptTokenizer.load(tmp_path / "tokenizer.json")

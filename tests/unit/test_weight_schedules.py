@@ -50,6 +50,21 @@ def test_kl_target_comes_back_from_its_bound_at_once():
     assert adaptive.weights(0)[1] == pytest.approx(2 / 1.5)
 
 
+def test_kl_target_comes_back_from_quiet_updates_within_a_dozen():
+    adaptive = schedule("kl_target", kl_target=0.01)
+    for _ in range(60):
+        adaptive.observe(success_rate=0.0, losses={"learn/approx_kl": 0.0})
+    for _ in range(12):
+        adaptive.observe(success_rate=0.0, losses={"learn/approx_kl": 1.0})
+    assert adaptive.weights(0)[1] > 1
+
+
+def test_kl_target_ignores_updates_of_the_critic_alone():
+    adaptive = schedule("kl_target", kl_target=0.01)
+    adaptive.observe(success_rate=0.0, losses={"learn/approx_kl": 0.0, "learn/critic_warmup": 1.0})
+    assert adaptive.weights(0)[1] == 1
+
+
 def test_f54_grad_ratio_equalises_the_gradients_within_bounds():
     adaptive = schedule("grad_ratio", bc_weight=0.5, max_bc_weight=3.0)
     assert adaptive.weights(0) == (1, 0.5)

@@ -6,11 +6,12 @@
 | `linear_decay` | policy_weight | bc_weight * max(0, 1 - t / T) |
 | `success_adaptive` | policy_weight | bc_weight * (1 - running success) |
 | `kl_target` | policy_weight | * 1.5 where KL > 2 * target, / 1.5 where KL < target / 2 |
-| `grad_ratio` | policy_weight | bc_weight * |policy gradient| / |cloning gradient| of the last update |
+| `grad_ratio` | policy_weight | bc_weight * |gradient of all other terms| / |cloning gradient| of the last update |
 | `entropy_adaptive` | policy_weight | bc_weight * entropy / entropy of the first update |
 | `constant` | policy_weight | bc_weight |
 
-Cloning always stays within [min_bc_weight, max_bc_weight].
+Cloning always stays within [min_bc_weight, max_bc_weight]. The policy gradient's weight is also that of the entropy
+bonus and of the penalty on KL to the reference; a shared critic's gradient is among `all other terms`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 from vlarl_ray.config import SelfBCConfig
 
 _KL_FACTOR = 1.5
+_MIN_KL_FACTOR = 0.01
+"""From here the weight is back in a dozen updates."""
 
 
 class WeightSchedule:
@@ -66,14 +69,15 @@ class WeightSchedule:
         cfg = self._cfg
         self._success += cfg.success_rate * (success_rate - self._success)
         kl = losses.get("learn/approx_kl")
-        if kl is not None:
+        if kl is not None and not losses.get("learn/critic_warmup"):  # a policy that stands still says nothing
             if kl > 2 * cfg.kl_target:
                 self._kl_factor *= _KL_FACTOR
             elif kl < cfg.kl_target / 2:
                 self._kl_factor /= _KL_FACTOR
             # Kept within what the bounds can use, or it would take long to come back.
             if cfg.bc_weight > 0:
-                self._kl_factor = self._bounded(cfg.bc_weight * self._kl_factor) / cfg.bc_weight
+                bounded = self._bounded(cfg.bc_weight * self._kl_factor) / cfg.bc_weight
+                self._kl_factor = max(bounded, _MIN_KL_FACTOR)
         policy, cloning = losses.get("learn/grad_norm_policy"), losses.get("learn/grad_norm_bc")
         if policy is not None and cloning:
             self._grad_ratio = policy / cloning

@@ -58,6 +58,8 @@ class TorchEngine:
                 served = merge(name, tensor, update, dtype=self._parameters[name].dtype, meter=meter)
                 self._assign(name, served)
                 if not torch.equal(self._parameters[name].cpu(), served):
+                    if not torch.isfinite(served).all():
+                        raise ValueError(f"{name} has values that are not finite, in the policy folder or its adapter.")
                     raise RuntimeError(f"{name} does not hold what was merged into it.")
             for name, value in update.tensors.items():
                 self._assign(name, as_tensor(value))

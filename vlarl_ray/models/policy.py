@@ -276,6 +276,8 @@ def describe_policy(folder: Path) -> dict[str, Any]:
         )
     try:
         description = json.loads(path.read_text())
+        if not isinstance(description, dict):
+            raise ValueError(f"{path} holds no JSON object; this is no policy folder.")
         if description.get("format") != FORMAT:
             raise ValueError(
                 f"{path}: format = {description.get('format')!r}, expected {FORMAT!r}; this is no policy "

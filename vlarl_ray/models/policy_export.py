@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlarl_ray.config import ModelConfig, TowerConfig
+from vlarl_ray.models.official import is_official
 from vlarl_ray.models.openvla import padded_vocab_size
 from vlarl_ray.models.openvla_oft import COMPONENTS
 from vlarl_ray.models.policy import describe_policy, policy_weights
@@ -42,10 +43,12 @@ def export_policy(policy_dir: Path, folder: Path, *, max_file_bytes: int = MAX_F
 
     Raises:
         FileExistsError: If there is something in `folder`.
-        ValueError: If the published layout has no place for this kind of policy.
+        ValueError: If the published layout has no place for this kind of policy, or it is in that layout already.
     """
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; name a new folder, so that files of two policies do not mix.")
+    if is_official(policy_dir):
+        raise ValueError(f"{policy_dir} is in the published layout already; there is nothing to export.")
     description = describe_policy(policy_dir)
     model: ModelConfig = description["model"]
     _check_has_counterpart(model)

@@ -109,8 +109,16 @@ class PromptTokenizer:
 
     @classmethod
     def load(cls, path: Path, style: PromptStyle = "openvla") -> PromptTokenizer:
-        """Read a `tokenizer.json`; it does not hold the style, which is in the policy's `config.json`."""
-        return cls(Tokenizer.from_file(str(path)), style)
+        """Read a `tokenizer.json`; it does not hold the style, which is in the policy's `config.json`.
+
+        Raises:
+            ValueError: If the file is none.
+        """
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path} is no tokenizer ({error}); take the file that came with the policy.") from error
+        return cls(tokenizer, style)
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json`."""
