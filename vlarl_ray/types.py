@@ -323,7 +323,7 @@ class TrainBatch:
     progress: float = 0.0
     """Share of the run's iterations that lie behind, 0 to 1; learning rates may follow it."""
     policy_weight: float = 1.0
-    """Weight of the policy terms of the loss."""
+    """Weight of the surrogate in the loss."""
     demos: DemoRows | None = None
     """What to clone besides, in as many minibatches as the rest; None where nothing is cloned."""
     bc_weight: float = 0.0

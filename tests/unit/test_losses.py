@@ -154,6 +154,12 @@ def test_f14_zero_coefficients_leave_the_loss_bit_identical_and_others_change_it
     assert with_kl.item() > plain.item()
 
 
+def test_the_ramp_of_the_policy_gradient_leaves_the_entropy_bonus_alone():
+    rows = loss_rows(policy_weight=0.0)
+    terms = policy_terms(AlgorithmConfig(entropy_coef=0.1), rows, NORMALIZERS)
+    assert terms.loss.item() == pytest.approx(-0.1 * rows.entropy.mean().item(), rel=1e-5)
+
+
 def test_f14_a_kl_penalty_without_reference_says_what_to_do():
     with pytest.raises(ValueError, match=r"algorithm\.kl_coef is set"):
         policy_terms(AlgorithmConfig(kl_coef=0.1), loss_rows(reference_logprobs=None), NORMALIZERS)

@@ -37,6 +37,8 @@ class LossRows:
     """0 for padding rows, else the length normalisation (`TrainBatch.weights`)."""
     num_actions: int
     """K."""
+    policy_weight: float = 1.0
+    """Weight of the surrogate; entropy bonus, KL penalty and value loss keep their own coefficients."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class LossTerms:
     """Loss of one micro-batch and what to report; everything is divided by the global `Normalizers` already."""
 
     policy: Tensor
-    """Scalar: policy terms (surrogate, entropy, KL)."""
+    """Scalar: policy terms (weighted surrogate, entropy, KL)."""
     value: Tensor
     """Scalar: value loss, coefficient included."""
     sums: Mapping[str, Tensor]

@@ -68,7 +68,7 @@ def policy_terms(cfg: AlgorithmConfig, rows: LossRows, normalizers: Normalizers)
     log_ratio = log_ratio.clamp(-cfg.max_log_ratio, cfg.max_log_ratio)
     row_weights = rows.weights[:, None]
     clip = {"clip_low": cfg.clip_ratio_low, "clip_high": cfg.clip_ratio_high}
-    loss = clipped_surrogate(
+    loss = rows.policy_weight * clipped_surrogate(
         log_ratio, rows.advantages, mask * row_weights, dual_clip=cfg.dual_clip, normalizer=normalizers.ratios, **clip
     )
     if cfg.entropy_coef:

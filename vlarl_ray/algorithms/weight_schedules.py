@@ -10,8 +10,8 @@
 | `entropy_adaptive` | policy_weight | bc_weight * entropy / entropy of the first update |
 | `constant` | policy_weight | bc_weight |
 
-Cloning always stays within [min_bc_weight, max_bc_weight]. The policy gradient's weight is also that of the entropy
-bonus and of the penalty on KL to the reference; a shared critic's gradient is among `all other terms`.
+Cloning always stays within [min_bc_weight, max_bc_weight]. The policy gradient's weight is that of the surrogate alone,
+not of entropy bonus, KL penalty and value loss, though a shared critic's gradient is among `all other terms`.
 """
 
 from __future__ import annotations

@@ -207,10 +207,11 @@ class Updater:
                 token_mask=rows.token_mask,
                 weights=rows.weights,
                 num_actions=batch.num_actions_per_decision,
+                policy_weight=batch.policy_weight,
             ),
             normalizers,
         )
-        loss = terms.value if warms_up else batch.policy_weight * terms.policy + terms.value
+        loss = terms.value if warms_up else terms.policy + terms.value
         # FSDP averages gradients over ranks, but the loss is a share of a global mean already. The value stays in the
         # graph whatever the loss: all ranks must have gradients for the same parameters.
         (loss * self._ranks.world_size + 0.0 * output.values.sum()).backward()

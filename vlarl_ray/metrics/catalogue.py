@@ -80,7 +80,7 @@ _LEARN = {
     "learn/value_loss": Metric("1", "Value loss, its coefficient included."),
     "learn/learning_rate": Metric("1", "AdamW learning rate of the policy in this update."),
     "learn/bc_loss": Metric("nats", "Mean negative log-probability of cloned action tokens, before its weight."),
-    "learn/policy_weight": Metric("1", "Weight of the policy terms."),
+    "learn/policy_weight": Metric("1", "Weight of the surrogate."),
     "learn/bc_weight": Metric("1", "Weight of the cloning loss."),
     "learn/grad_norm_policy": Metric("1", "Gradient norm of the actor before cloning is added; where demos are."),
     "learn/grad_norm_bc": Metric("1", "Gradient norm of the cloning loss, before its weight."),
