@@ -434,7 +434,7 @@ class InferenceConfig:
     engine: str = "torch"
     """`torch`, `vllm` (for openvla with autoregressive decoding), or `my_package.my_engine:MyEngine`."""
     num_servers: Positive = 1
-    """Server processes."""
+    """Server processes; requests leave a worker's own one for another where that has less to do."""
     batch_size: Positive = 12
     """Rows of one forward pass; in deterministic mode every batch is padded to it."""
     batch_window_ms: NonNegativeFloat = 0.0

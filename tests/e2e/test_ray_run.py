@@ -47,9 +47,9 @@ def test_inline_and_ray_give_equal_numbers(policy, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     inline = toy_config(tmp_path / "inline", policy=str(policy / "policy"))
     run_training(inline, inline=True, resume=False)
-    # Two workers here, one there: neither worker nor order of arrival may matter.
-    rollout = replace(inline.rollout, num_workers=2)
-    on_ray = replace(inline, run_dir=str(tmp_path / "ray"), rollout=rollout)
+    # Two workers and servers here, one there: neither worker, nor order of arrival, nor who answered may matter.
+    rollout, inference = replace(inline.rollout, num_workers=2), replace(inline.inference, num_servers=2)
+    on_ray = replace(inline, run_dir=str(tmp_path / "ray"), rollout=rollout, inference=inference)
     run_training(on_ray, inline=False, resume=False)
     assert numbers(tmp_path / "inline") == numbers(tmp_path / "ray")
     assert episodes(tmp_path / "inline") == episodes(tmp_path / "ray")

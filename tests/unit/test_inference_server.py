@@ -22,7 +22,7 @@ from vlarl_ray.inference.base import (
     split_reply,
     split_request,
 )
-from vlarl_ray.remote.actors import RemoteClient
+from vlarl_ray.remote.client import RemoteClient
 from vlarl_ray.types import ActReply, ActRequest
 from vlarl_ray.weights.update import LoadReport, WeightUpdate
 
@@ -180,13 +180,13 @@ def test_frames_travel_with_the_call_where_they_can(side, rows):
                 return SimpleNamespace(future=Future)
 
     whole = make_request(0, 15)
-    RemoteClient(Handle).act(replace(whole, images=np.zeros((15, 1, side, side, 3), np.uint8)))
+    RemoteClient([Handle]).act(replace(whole, images=np.zeros((15, 1, side, side, 3), np.uint8)))
     assert [len(part) for part in sent] == rows
     assert all(part.images.nbytes < 100 * 1024 for part in sent) or side == 224
 
 
 def test_an_answer_is_asked_for_again_until_the_server_has_weights_again(monkeypatch):
-    monkeypatch.setattr("vlarl_ray.remote.actors._RETRY_S", 0.01)
+    monkeypatch.setattr("vlarl_ray.remote.client._RETRY_S", 0.01)
     outcomes = [NoWeightsError("none"), EngineLostError("gone"), REPLY]
 
     class Handle:
@@ -194,15 +194,15 @@ def test_an_answer_is_asked_for_again_until_the_server_has_weights_again(monkeyp
             @staticmethod
             def remote(*_parts):
                 future, outcome = Future(), outcomes.pop(0)
-                future.set_exception(outcome) if isinstance(outcome, Exception) else future.set_result(outcome)
+                future.set_exception(outcome) if isinstance(outcome, Exception) else future.set_result((outcome, 0))
                 return SimpleNamespace(future=lambda: future)
 
     request = replace(make_request(0, 1), images=np.zeros((1, 1, 8, 8, 3), np.uint8))
-    assert RemoteClient(Handle).act(request).result(timeout=10.0) is REPLY
+    assert RemoteClient([Handle]).act(request).result(timeout=10.0) is REPLY
     assert outcomes == []
     outcomes += [NoWeightsError("none")] * 1000
     with pytest.raises(NoWeightsError):
-        RemoteClient(Handle).act(request).result(timeout=0.1)
+        RemoteClient([Handle]).act(request).result(timeout=0.1)
 
 
 def test_a_hung_engine_gives_no_sign_of_health():

@@ -12,70 +12,21 @@ import logging
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
 
 from vlarl_ray.config import ExperimentConfig
-from vlarl_ray.inference.base import EngineLostError, NoWeightsError, make_server, merge_requests, split_request
+from vlarl_ray.inference.base import make_server, merge_requests
+from vlarl_ray.remote.client import RemoteClient
 from vlarl_ray.remote.keeper import longest_start_s
 from vlarl_ray.types import ActReply, ActRequest, FrameRef, TaskSpec, TrainBatch, Trajectory
 from vlarl_ray.weights.update import WeightUpdate
 
 _LOG = logging.getLogger(__name__)
-
-_INLINE_BYTES = 90_000
-"""Bytes of frames in one argument of a call. Ray sends up to 100 KiB with the call; a larger argument goes through
-the object store, which costs more CPU time than the rest of the call."""
-
-
-_RETRY_S = 0.5
-"""Between two attempts to reach a server that is being restarted."""
-
-
-class RemoteClient:
-    """Sends the requests of one env worker to one inference server."""
-
-    def __init__(self, server: Any) -> None:
-        self._server = server
-
-    def act(self, request: ActRequest) -> Future[ActReply]:
-        """Send a request; Ray resolves the future from a thread of its own."""
-        rows = _INLINE_BYTES // request.images[0].nbytes
-        parts = split_request(request, rows) if rows else [request]
-        return _Answer(lambda: self._server.act.remote(*parts).future())
-
-
-class _Answer(Future):
-    """An answer that is asked for again while its server is down or has no weights yet.
-
-    Asking twice is safe: what is sampled depends on the request's noise keys alone.
-    """
-
-    def __init__(self, send: Callable[[], Future]) -> None:
-        super().__init__()
-        self._send = send
-        self._sent = send()
-
-    def result(self, timeout: float | None = None) -> ActReply:
-        """Wait for the answer, of whichever attempt, for `timeout` seconds in all."""
-        deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                return self._sent.result(None if timeout is None else max(0.0, left))
-            except (RayActorError, NoWeightsError, EngineLostError) as error:
-                if left <= _RETRY_S:
-                    raise
-                _LOG.warning("no answer (%s); asking again", type(error).__name__)
-                time.sleep(_RETRY_S)
-                self._sent = self._send()
 
 
 class EnvWorkerActor:
@@ -84,15 +35,15 @@ class EnvWorkerActor:
     Args:
         cfg: The run.
         index: Number of this worker.
-        server: Name of the inference server actor it asks.
+        servers: Names of the inference server actors.
     """
 
-    def __init__(self, cfg: ExperimentConfig, index: int, server: str) -> None:
+    def __init__(self, cfg: ExperimentConfig, index: int, servers: Sequence[str]) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._inbox: queue.SimpleQueue[tuple[TaskSpec, Callable[[Any], None]] | None] = queue.SimpleQueue()
         """Episodes to run; None abandons those before it."""
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(cfg, index, server), name="simulators", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(cfg, index, servers), name="simulators", daemon=True)
         self._thread.start()
 
     async def run_episode(self, task: TaskSpec) -> tuple[Any, FrameRef]:
@@ -119,7 +70,7 @@ class EnvWorkerActor:
         """Process id and GPUs of this worker."""
         return {"pid": os.getpid(), "gpu_ids": ray.get_gpu_ids()}
 
-    def _run(self, cfg: ExperimentConfig, index: int, server: str) -> None:
+    def _run(self, cfg: ExperimentConfig, index: int, servers: Sequence[str]) -> None:
         from vlarl_ray.envs import make_suite
         from vlarl_ray.rollout.env_worker import EnvWorker
 
@@ -129,7 +80,7 @@ class EnvWorkerActor:
             suite = make_suite(cfg.env, egl_device_id=int(gpu_ids[0]) if gpu_ids else None)
             worker = EnvWorker(
                 suite.make_env,
-                RemoteClient(ray.get_actor(server)),
+                RemoteClient([ray.get_actor(name) for name in servers], home=index % len(servers)),
                 num_envs=cfg.rollout.envs_per_worker,
                 index=index,
                 # by then a hung server was noticed, and another started in its place
@@ -182,10 +133,24 @@ class InferenceServerActor:
         self._server = make_server(
             engine, batch_size=cfg.inference.batch_size, batch_window_ms=cfg.inference.batch_window_ms
         )
+        self._in_flight = 0
+        self._lock = threading.Lock()
 
-    def act(self, *parts: ActRequest) -> ActReply:
-        """Answer one worker's half, which may come in parts."""
-        return self._server.act(merge_requests(parts)).result()
+    def act(self, *parts: ActRequest) -> tuple[ActReply, int]:
+        """Answer one worker's half, which may come in parts; beside the reply, the rows still in flight."""
+        request = merge_requests(parts)
+        with self._lock:
+            self._in_flight += len(request)
+        try:
+            reply = self._server.act(request).result()
+        finally:
+            with self._lock:
+                self._in_flight -= len(request)
+        return reply, self._in_flight
+
+    def rows_in_flight(self) -> int:
+        """Rows that wait for an answer."""
+        return self._in_flight
 
     def load(self, update: WeightUpdate) -> Any:
         """Merge new weights; returns a `LoadReport`."""

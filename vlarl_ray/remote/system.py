@@ -54,13 +54,16 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
     """
     places = reserve(cfg)
     cluster = cfg.cluster
+    # workers get names: handles would not survive a restart
+    names = [f"inference-server-{index}" for index in range(cfg.inference.num_servers)]
     servers = [
         _actor(
             InferenceServerActor,
             max_restarts=-1,
-            name=f"inference-server-{index}",
-            # every half of every worker may wait for an answer at once; a few more for weights, probe and description
-            max_concurrency=2 * -(-cfg.rollout.num_workers // cfg.inference.num_servers) + 4,
+            name=names[index],
+            # Both halves of its workers may wait at once, and those of another server that is down; a few more for
+            # weights, probe and description, and for questions after its load.
+            max_concurrency=4 * -(-cfg.rollout.num_workers // cfg.inference.num_servers) + 8,
             num_cpus=cluster.cpus_per_server,
             num_gpus=cluster.gpus_per_server,
             scheduling_strategy=_bundle(places.inference, index),
@@ -75,7 +78,7 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
             num_cpus=cluster.cpus_per_worker,
             num_gpus=cluster.gpus_per_worker,
             scheduling_strategy="SPREAD" if bundle is None else _bundle(places.inference, bundle),
-        ).remote(cfg, index, f"inference-server-{index % len(servers)}")  # a handle would not survive a restart
+        ).remote(cfg, index, names)
         for index, bundle in enumerate(places.worker_bundle)
     ]
     ranks = [
