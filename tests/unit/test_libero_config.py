@@ -111,11 +111,11 @@ def test_training_states_are_many_and_have_digests_of_their_own():
 
 class Harmful:
     def __reduce__(self):
-        return print, ("run",)
+        return eval, ("print('run')",)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(Harmful(), r"builtins\.print|__builtin__\.print"), ([1], "holds list")]
+    ("content", "message"), [(Harmful(), r"builtins\.eval|__builtin__\.eval"), ([1], "holds list")]
 )
 def test_initial_states_are_arrays_or_refused(tmp_path, monkeypatch, capsys, content, message):
     folder = tmp_path / "libero" / "init_files" / "libero_goal"

@@ -81,7 +81,7 @@ def test_what_fsdp_gathers_counts_while_it_is_there(process_group):
     weights = sum(parameter.nbytes for parameter in plain.parameters())
     units = [sum(parameter.nbytes for parameter in unit.parameters()) for unit in plain.fsdp_units()]
     in_no_unit = weights - sum(units)
-    shard(sharded, Ranks(0, 1, has_process_group=True), device=CPU, compute_dtype=None)
+    shard(sharded, Ranks(0, 1, has_process_group=True), device=CPU, compute_dtype=None, min_params=0)
     alone, gathering = peaks(plain), peaks(sharded)
     assert alone[0] == alone[1]
     assert gathering[0] == gathering[1]
