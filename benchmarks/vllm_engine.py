@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import torch
 
+from benchmarks._official_folder import OPENVLA_7B
 from benchmarks._results import write_result
 from vlarl_ray.config import (
     AlgorithmConfig,
@@ -28,7 +29,6 @@ from vlarl_ray.config import (
     LearnerConfig,
     LoraConfig,
     ModelConfig,
-    TowerConfig,
 )
 from vlarl_ray.inference.torch_server import TorchEngine
 from vlarl_ray.learner.build import build_learner
@@ -182,24 +182,8 @@ def delta_kept():
 
 def on_paper():
     """What a publication of OpenVLA-7B sends and does, adapters of rank 32 on all linear layers; nothing is timed."""
-    config = ModelConfig(
-        image_size=224,
-        patch_size=14,
-        dino=TowerConfig(dim=1024, depth=24, num_heads=16, mlp_dim=4096),
-        siglip=TowerConfig(dim=1152, depth=27, num_heads=16, mlp_dim=4304),
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        text_vocab_size=31744,
-        action_dim=7,
-        chunk_length=1,
-        decoding="autoregressive",
-        official_unused=True,
-    )
     with torch.device("meta"):
-        model = OpenVLA(config)
+        model = OpenVLA(OPENVLA_7B)
     served = 2 * sum(p.numel() for name, p in model.named_parameters() if not name.startswith(HEADS))
     attach_lora(model, LORA, seed=0)
     pairs = adapter_tensors(model).values()
@@ -208,7 +192,7 @@ def on_paper():
         "bytes of the model (bf16)": served,
         "bytes merged and loaded (bf16)": sum(2 * a.shape[1] * b.shape[0] for a, b in pairs),
         "TFLOP of the merges": round(sum(2 * a.numel() * b.shape[0] for a, b in pairs) / 1e12, 3),
-        "probe: prompts scored": 8 * config.action_dim * config.chunk_length,
+        "probe: prompts scored": 8 * OPENVLA_7B.action_dim * OPENVLA_7B.chunk_length,
     }
 
 
