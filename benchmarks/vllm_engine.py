@@ -1,8 +1,8 @@
-"""The vLLM engine against the learner and the PyTorch engine: agreement, publications, requests in flight, CPU time.
+"""The vLLM engine against the learner and the PyTorch engine: agreement, publications, requests in flight.
 
 One policy of the laptop's size with autoregressive decoding, fp32, one thread. The learner's numbers are the reference
-of every probability; `LLM.generate` on the same requests, afterwards, is that of CPU time. `delta kept` is the share of
-an update's change that survives bf16: ours, and rounding to nearest beside it.
+of every probability. `delta kept` is the share of an update's change that survives bf16: ours, and rounding to nearest
+beside it. CPU time is in `benchmarks.vllm_speed`.
 
 Usage: python -m benchmarks.vllm_engine [--publications 20] [--in_flight 200] [--tokens 5000] [--no-save]
 """
@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from benchmarks._official_folder import OPENVLA_7B
@@ -49,8 +48,6 @@ INSTRUCTIONS = ("close the drawer", "open the window", "press the button from ab
 MODEL = ModelConfig(decoding="autoregressive")
 LORA = LoraConfig(rank=32, alpha=32.0)
 DEADLINE_S = 120.0
-ROWS = 32
-"""Of a request whose speed is measured."""
 
 
 def request_of(rows, version, *, temperature=1.0, seed=0):
@@ -196,89 +193,11 @@ def on_paper():
     }
 
 
-def speed(engine, learner, folder, rounds):
-    """Milliseconds per decision of batches of 32: CPU time of all processes, and wall time."""
-    engine.load(learner.weight_update(1))
-    beside = TorchEngine(folder, InferenceConfig(batch_size=32), deterministic=False)
-    beside.load(learner.weight_update(1))
-    request = request_of(ROWS, 1)
-    return measure({"vllm": lambda: engine.sample(request), "torch": lambda: beside.sample(request)}, rounds)
-
-
-def measure(cases, rounds):
-    """Lowest of the rounds, which take turns, as other work only adds."""
-    taken = {name: [] for name in cases}
-    for turn in range(rounds + 1):
-        for name, work in cases.items():
-            cpu, wall = cpu_seconds(), time.perf_counter()
-            work()
-            if turn:  # the first warms up
-                taken[name].append((cpu_seconds() - cpu, time.perf_counter() - wall))
-    return {
-        name: {
-            key: round(1e3 * min(values) / ROWS, 3)
-            for key, values in zip(("cpu_ms", "wall_ms"), zip(*times, strict=True), strict=True)
-        }
-        for name, times in taken.items()
-    }
-
-
-def bare_vllm(engine, folder, request):
-    """What a user without this package would write, on another engine of the same settings."""
-    from vllm import LLM, SamplingParams
-
-    from vlarl_ray.inference.vllm_engine import request_seed
-    from vlarl_ray.inference.vllm_folder import link_policy
-
-    with tempfile.TemporaryDirectory() as linked:
-        llm = LLM(
-            model=str(link_policy(Path(folder), Path(linked), dtype="float32")),
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            dtype="float32",
-            max_model_len=engine.model_len,
-            max_num_seqs=64,
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=64 * engine.model_len,
-            logprobs_mode="processed_logprobs",
-            mm_processor_cache_gb=0,
-            enable_prefix_caching=False,
-            enforce_eager=True,
-            kv_cache_memory_bytes=1 << 28,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-        )
-    prompts = [
-        {"prompt_token_ids": engine.prompt(text), "multi_modal_data": {"image": list(frames)}}
-        for text, frames in zip(request.instructions, request.images, strict=True)
-    ]
-    parameters = [
-        SamplingParams(
-            temperature=1.0,
-            max_tokens=engine.num_action_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            logprobs=0,
-            allowed_token_ids=engine.action_ids,
-            seed=request_seed(key),
-        )
-        for key in request.noise_keys
-    ]
-    return lambda: llm.generate(prompts, parameters, use_tqdm=False)
-
-
-def cpu_seconds():
-    process = psutil.Process()
-    times = [part.cpu_times() for part in (process, *process.children(recursive=True))]
-    return sum(t.user + t.system for t in times)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--publications", type=int, default=20)
     parser.add_argument("--in_flight", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=5000)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -309,13 +228,8 @@ def main():
             figures["agreement"] = agreement(engine, learner, publisher, folder, args.tokens)
             figures["publications"] = publications(engine, learner, publisher, folder, args.publications)
             figures["in flight"] = in_flight(engine, learner, publisher, args.in_flight)
-            figures["ms per decision"] = speed(engine, learner, folder, args.rounds)
         finally:
             engine.close()
-        bare = measure({"LLM.generate": bare_vllm(engine, folder, request_of(ROWS, 1))}, args.rounds)
-        ours = figures["ms per decision"] | bare
-        ratio = ours["vllm"]["cpu_ms"] / ours["LLM.generate"]["cpu_ms"]
-        figures["ms per decision"] = ours | {"cpu of vllm / LLM.generate": round(ratio, 3)}
     for name, figure in figures.items():
         print(f"{name:24} {figure}")
     if not args.no_save:

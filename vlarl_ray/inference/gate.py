@@ -49,26 +49,26 @@ class Gate:
 
 
 class CpuMeter:
-    """CPU time of this process and its children."""
+    """CPU time of this process and of the children it has when the meter is made."""
 
     def __init__(self) -> None:
-        self._last = 0.0
+        self._children = psutil.Process().children(recursive=True)
+        self._last = self._total()
         self._lock = threading.Lock()
 
     def since_last(self) -> float:
         """Seconds since the last call: shares of concurrent replies are arbitrary, their sum is right."""
         with self._lock:
-            now, before = time.process_time() + _children_cpu_s(), self._last
+            now, before = self._total(), self._last
             self._last = now
             return now - before
 
-
-def _children_cpu_s() -> float:
-    total = 0.0
-    for child in psutil.Process().children(recursive=True):
-        try:
-            times = child.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system
-    return total
+    def _total(self) -> float:
+        total = time.process_time()
+        for child in self._children:
+            try:
+                times = child.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            total += times.user + times.system
+        return total

@@ -27,7 +27,7 @@ from jaxtyping import Float32, Num
 from vlarl_ray.config import InferenceConfig
 from vlarl_ray.inference.base import EngineLostError, check_version
 from vlarl_ray.inference.gate import CpuMeter, Gate
-from vlarl_ray.inference.vllm_start import shared_memory, start_engine
+from vlarl_ray.inference.vllm_start import shared_memory, start_engine, together
 from vlarl_ray.inference.vllm_worker import served_names
 from vlarl_ray.models.policy import DTYPES, empty_model
 from vlarl_ray.types import ActReply, ActRequest
@@ -87,7 +87,6 @@ class VllmEngine:
         self.num_action_tokens = self._policy.num_action_tokens
         self._prompts: dict[str, list[int]] = {}
         self._request_ids = itertools.count()
-        self._cpu = CpuMeter()
         self.version: int | None = None
         self.last_checksums: dict[str, str] = {}
         """Fingerprint of each tensor that entered vLLM's loader last, by official name."""
@@ -146,7 +145,7 @@ class VllmEngine:
     async def _start(self, worker_class: str) -> Any:
         self._gate = Gate()
         engine = start_engine(self._policy_dir, self._cfg, Path(self._scratch.name), self._device, worker_class)
-        self._cpu.since_last()  # what starting cost is no request's
+        self._cpu = CpuMeter()
         return engine
 
     async def _act(self, request: ActRequest) -> ActReply:
@@ -154,9 +153,8 @@ class VllmEngine:
             check_version(self.version, request)
             version = self.version
             assert version is not None
-            rows = [self._generate_row(request, row) for row in range(len(request))]
             with _lost_engines_named():
-                completions = await asyncio.gather(*rows)
+                completions = await self._generate(request)
             tokens = np.array([c.token_ids for c in completions], np.int32)
             logprobs = np.array(
                 [[at[t].logprob for at, t in zip(c.logprobs, c.token_ids, strict=True)] for c in completions],
@@ -215,50 +213,66 @@ class VllmEngine:
             await self._engine.get_weight_version()
         return self.version
 
+    async def _generate(self, request: ActRequest) -> list[Any]:
+        rows = range(len(request))
+        prompts = [self.prompt(text) for text in request.instructions]
+        inputs = await self._rendered(prompts, [request.images[row] for row in rows])
+        options: list[dict[str, Any]] = [{"max_tokens": self.num_action_tokens, "logprobs": 0} for _ in rows]
+        group = f"request-{next(self._request_ids)}"
+        for row, option in enumerate(options):
+            if request.temperature > 0:
+                option["seed"] = request_seed(request.noise_keys[row])
+            option["extra_args"] = together(group, len(rows))
+        return await self._complete(request.temperature, inputs, options)
+
     async def _logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
         async with self._gate.passed():
             check_version(self.version, request)
-            count = tokens.shape[1]
-            scores = [
-                self._score_token(request, row, tokens[row, :index].tolist(), int(tokens[row, index]))
-                for row in range(len(request))
-                for index in range(count)
-            ]
-            return np.array(await asyncio.gather(*scores), np.float32).reshape(len(request), count)
+            cells = [(row, index) for row in range(len(request)) for index in range(tokens.shape[1])]
+            wanted = [int(tokens[cell]) for cell in cells]
+            prompts = [[*self.prompt(request.instructions[row]), *tokens[row, :index].tolist()] for row, index in cells]
+            # One name for one content: the towers then see a frame once for all its tokens. It is the same in each
+            # publication, so that an embedding that outlived its weights would be found here.
+            names = [[_content(frame) for frame in frames] for frames in request.images]
+            images, uuids = [request.images[row] for row, _ in cells], [names[row] for row, _ in cells]
+            options = [{"max_tokens": 1, "logprobs": 1, "logprob_token_ids": [token]} for token in wanted]
+            with _lost_engines_named():
+                inputs = await self._rendered(prompts, images, uuids)
+                completions = await self._complete(request.temperature, inputs, options)
+            scores = [c.logprobs[0][token].logprob for c, token in zip(completions, wanted, strict=True)]
+            return np.array(scores, np.float32).reshape(tokens.shape)
 
-    async def _generate_row(self, request: ActRequest, row: int) -> Any:
-        options = {"max_tokens": self.num_action_tokens, "logprobs": 0}
-        if request.temperature > 0:
-            options["seed"] = request_seed(request.noise_keys[row])
-        return await self._complete(request, row, self.prompt(request.instructions[row]), options)
+    async def _rendered(self, prompts: list[list[int]], images: list[np.ndarray], uuids: Any = None) -> list[Any]:
+        """Turn prompts and their frames into vLLM's inputs, all of them before the first is sent."""
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
 
-    async def _score_token(self, request: ActRequest, row: int, before: list[int], token: int) -> float:
-        prompt = [*self.prompt(request.instructions[row]), *before]
-        options = {"max_tokens": 1, "logprobs": 1, "logprob_token_ids": [token]}
-        # One name for one content: the towers then see a frame once for all its tokens. It is the same in each
-        # publication, so that an embedding that outlived its weights would be found here.
-        names = [hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest() for frame in request.images[row]]
-        completion = await self._complete(request, row, prompt, options, multi_modal_uuids={"image": names})
-        return completion.logprobs[0][token].logprob
+        raw: list[dict[str, Any]] = [
+            {"prompt_token_ids": prompt, "multi_modal_data": {"image": list(frames)}}
+            for prompt, frames in zip(prompts, images, strict=True)
+        ]
+        for prompt, names in zip(raw, uuids or (), strict=bool(uuids)):
+            prompt["multi_modal_uuids"] = {"image": names}
+        parsed = [parse_model_prompt(self._engine.model_config, prompt) for prompt in raw]
+        return await asyncio.to_thread(self._engine.renderer.render_cmpl, parsed)
 
-    async def _complete(
-        self, request: ActRequest, row: int, prompt: list[int], options: dict[str, Any], **inputs: Any
-    ) -> Any:
+    async def _complete(self, temperature: float, inputs: list[Any], options: list[dict[str, Any]]) -> list[Any]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        parameters = SamplingParams(
-            temperature=request.temperature,
-            allowed_token_ids=self.action_ids,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            **options,
-        )
-        inputs |= {"prompt_token_ids": prompt, "multi_modal_data": {"image": list(request.images[row])}}
-        request_id = str(next(self._request_ids))
-        outputs = [output async for output in self._engine.generate(inputs, parameters, request_id=request_id)]
-        return outputs[-1].outputs[0]
+        async def completion(prompt: Any, option: dict[str, Any]) -> Any:
+            parameters = SamplingParams(
+                temperature=temperature,
+                allowed_token_ids=self.action_ids,
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,  # nobody else holds it
+                **option,
+            )
+            answers = self._engine.generate(prompt, parameters, request_id=str(next(self._request_ids)))
+            return [answer async for answer in answers][-1].outputs[0]
+
+        return await asyncio.gather(*map(completion, inputs, options))
 
     def prompt(self, instruction: str) -> list[int]:
         """Token ids of an instruction's prompt, before the patches are put in."""
@@ -294,6 +308,10 @@ def request_seed(noise_key: np.ndarray) -> int:
     """Turn the noise key of a decision, see `TaskSpec.noise_key`, into the 63-bit seed of a vLLM request."""
     digest = hashlib.blake2b(np.ascontiguousarray(noise_key, "<u8").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _content(frame: np.ndarray) -> str:
+    return hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest()
 
 
 async def _cancel_others() -> None:

@@ -23,6 +23,15 @@ _ENVIRONMENT = {
 }
 """Of vLLM's processes, unless the user's environment says otherwise."""
 
+SCHEDULER = "vlarl_ray.inference.vllm_scheduler.WholeRequests"
+GROUP, SIZE = "vlarl_group", "vlarl_group_size"
+"""Extra arguments of a row: which rows belong together, and how many they are. Read by `WholeRequests`."""
+
+
+def together(group: str, size: int) -> dict[str, Any]:
+    """Extra arguments of each of `size` rows that are to be batched as one; the name is used once."""
+    return {GROUP: group, SIZE: size}
+
 
 def start_engine(policy_dir: Path, cfg: InferenceConfig, scratch: Path, device: str, worker_class: str) -> Any:
     """Start an `AsyncLLM`; call it from the event loop that is to use it.
@@ -56,7 +65,11 @@ def start_engine(policy_dir: Path, cfg: InferenceConfig, scratch: Path, device: 
     model_len = vllm.max_model_len or needed_len(model)
     # Where a prompt is not processed in one step, vLLM rewinds its request's random generator, which on CPUs has no
     # offset to rewind: the engine dies. So a step there has room for every prompt that may be running.
-    whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": vllm.max_num_seqs * model_len}
+    cpu_scheduling = {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": vllm.max_num_seqs * model_len,
+        "scheduler_cls": SCHEDULER,
+    }
     arguments = AsyncEngineArgs(
         model=str(link_policy(policy_dir, folder, dtype=cfg.dtype)),
         skip_tokenizer_init=True,
@@ -78,7 +91,7 @@ def start_engine(policy_dir: Path, cfg: InferenceConfig, scratch: Path, device: 
         worker_extension_cls=worker_class,
         disable_log_stats=True,
         use_tqdm_on_load=False,
-        **(whole_prompts if on_cpu else {}),
+        **(cpu_scheduling if on_cpu else {}),
     )
     return AsyncLLM.from_engine_args(arguments)
 

@@ -1,0 +1,200 @@
+"""CPU time per decision: the vLLM engine, vLLM's own `LLM.generate` on the same requests, and the PyTorch engine.
+
+Each runs in a process of its own and they take turns, so that a busy machine is busy for all of them. CPU time is that
+of a case's process and its children. `LLM.generate` comes twice: as vLLM starts it by itself (its engine in a second
+process), and with all of it in one process, which the engine, whose server must answer while it decodes, cannot be.
+
+Usage: python -m benchmarks.vllm_speed [--rounds 15] [--rows 32] [--no-save]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from benchmarks._results import write_result
+from vlarl_ray.config import InferenceConfig, ModelConfig
+from vlarl_ray.inference.torch_server import TorchEngine
+from vlarl_ray.models import new_policy
+from vlarl_ray.types import ActRequest
+from vlarl_ray.weights.update import WeightUpdate
+
+INSTRUCTIONS = ("close the drawer", "open the window", "press the button from above")
+MODEL = ModelConfig(decoding="autoregressive")
+BASELINES = ("LLM.generate", "LLM.generate, one process")
+
+
+def request_of(rows: int, seed: int) -> ActRequest:
+    """Rows of noise under three instructions, a camera each."""
+    rng, side = np.random.default_rng(seed), MODEL.image_size
+    return ActRequest(
+        images=rng.integers(0, 256, (rows, 1, side, side, 3), dtype=np.uint8),
+        proprio=np.zeros((rows, 4), np.float32),
+        instructions=tuple(INSTRUCTIONS[i % 3] for i in range(rows)),
+        noise_keys=np.stack([np.full(rows, seed), np.arange(rows)], axis=1).astype(np.uint64),
+        temperature=1.0,
+        policy_version=1,
+    )
+
+
+def vllm_engine(folder: Path) -> Callable[[ActRequest], object]:
+    from vlarl_ray.inference.vllm_engine import VllmEngine
+
+    engine = VllmEngine(folder, InferenceConfig(engine="vllm"), deterministic=False)
+    engine.load(WeightUpdate(1, 1.0, {}, {}))
+    return engine.sample
+
+
+def torch_engine(folder: Path) -> Callable[[ActRequest], object]:
+    engine = TorchEngine(folder, InferenceConfig(batch_size=32), deterministic=False)
+    engine.load(WeightUpdate(1, 1.0, {}, {}))
+    return engine.sample
+
+
+def bare_vllm(folder: Path, *, processes: str) -> Callable[[ActRequest], object]:
+    """What a user without this package would write, under the settings of the engine."""
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": processes,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    from vllm import LLM, SamplingParams
+
+    from vlarl_ray.inference.vllm_engine import request_seed
+    from vlarl_ray.inference.vllm_folder import link_policy
+    from vlarl_ray.models.policy import empty_model
+    from vlarl_ray.vllm_checks import needed_len
+
+    policy, _ = empty_model(folder)
+    model_len, sequences = needed_len(MODEL), InferenceConfig().vllm.max_num_seqs
+    linked = folder.parent / f"linked-{processes}"
+    linked.mkdir()
+    llm = LLM(
+        model=str(link_policy(folder, linked, dtype="float32")),
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        dtype="float32",
+        max_model_len=model_len,
+        max_num_seqs=sequences,
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=sequences * model_len,
+        logprobs_mode="processed_logprobs",
+        mm_processor_cache_gb=0,
+        enable_prefix_caching=False,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 28,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+    )
+    first = policy.first_action_token
+    action_ids = list(range(first, first + MODEL.num_action_bins))
+
+    def generate(request: ActRequest) -> object:
+        ids, lengths = policy.encode_prompts(list(request.instructions))
+        prompts = [
+            {"prompt_token_ids": row[: int(length)].tolist(), "multi_modal_data": {"image": list(frames)}}
+            for row, length, frames in zip(ids, lengths, request.images, strict=True)
+        ]
+        parameters = [
+            SamplingParams(
+                temperature=request.temperature,
+                max_tokens=policy.num_action_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=0,
+                allowed_token_ids=action_ids,
+                seed=request_seed(key),
+            )
+            for key in request.noise_keys
+        ]
+        return llm.generate(prompts, parameters, use_tqdm=False)
+
+    return generate
+
+
+def cpu_seconds() -> float:
+    process = psutil.Process()
+    times = [part.cpu_times() for part in (process, *process.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
+
+
+CASES: dict[str, Callable[[Path], Callable[[ActRequest], object]]] = {
+    "vllm engine": vllm_engine,
+    BASELINES[0]: lambda folder: bare_vllm(folder, processes="1"),
+    BASELINES[1]: lambda folder: bare_vllm(folder, processes="0"),
+    "torch engine": torch_engine,
+}
+
+
+def serve(name: str, folder: Path, pipe: Connection) -> None:
+    """Run in a case's own process: one batch whenever a seed comes, answered with CPU and wall seconds."""
+    torch.set_num_threads(1)
+    work = CASES[name](folder)
+    pipe.send(None)
+    while (task := pipe.recv()) is not None:
+        request = request_of(*task)
+        cpu, wall = cpu_seconds(), time.perf_counter()
+        work(request)
+        pipe.send((cpu_seconds() - cpu, time.perf_counter() - wall))
+    os._exit(0)  # vLLM's finalisers take seconds and say nothing of use
+
+
+def measure(folder: Path, rows: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """CPU and wall seconds of every round, by case; the first two rounds warm up and are left out."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    for name in CASES:
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(name, folder, theirs)).start()
+        pipes[name].recv()
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
+    for turn in range(rounds + 2):
+        for name, pipe in pipes.items():
+            pipe.send((rows, turn))
+            taken[name].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(None)
+    return {name: rows[2:] for name, rows in taken.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--no-save", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "policy"
+        new_policy(MODEL, INSTRUCTIONS, 0).save(folder)
+        start_load = os.getloadavg()[0]
+        taken = measure(folder, args.rows, args.rounds)
+    figures: dict[str, object] = {"rows": args.rows, "rounds": args.rounds, "load_1min": round(start_load, 2)}
+    for name, rounds in taken.items():
+        cpu, wall = (1e3 * statistics.median(values) / args.rows for values in zip(*rounds, strict=True))
+        figures[name] = {"cpu_ms_per_decision": round(cpu, 3), "wall_ms_per_decision": round(wall, 3)}
+    for baseline in BASELINES:
+        ours, other = (sum(cpu for cpu, _ in taken[name]) for name in ("vllm engine", baseline))
+        figures[f"cpu of vllm engine / {baseline}"] = round(ours / other, 3)
+    for name, figure in figures.items():
+        print(f"{name:44} {figure}")
+    if not args.no_save:
+        print(write_result("vllm_speed", figures))
+
+
+if __name__ == "__main__":
+    main()
