@@ -104,12 +104,14 @@ def publications(engine, learner, publisher, folder, count):
         request = request_of(12, version)
         gaps.append(max(gap(learner, request, engine.sample(request)), metrics["canary/max_abs_logprob_diff"]))
         if version == first:
-            after_first = engine.last_checksums
+            after_first = engine.load(learner.weight_update(version)).checksums
+    after_last = engine.load(learner.weight_update(first + count - 1)).checksums
     return {
         "publications": count,
         "max |log-probability - learner's| after any": max(gaps),
+        "tensors whose checksum at the loader equals the learner's merge, after each": len(after_last),
         "tensors that differ from one merge of the last": sum(
-            engine.last_checksums[name] != known for name, known in after_first.items()
+            after_last[n] != known for n, known in after_first.items()
         ),
         "seconds of a publication with its probe (median)": statistics.median(seconds),
         "seconds of loading (median)": statistics.median(

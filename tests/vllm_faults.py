@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 from vlarl_ray.inference.vllm_worker import UpdateLoading
@@ -27,21 +28,27 @@ class FaultyLoading(UpdateLoading):
         self.fault = fault
 
     def load_update(self, update_path: str, policy_dir: str) -> dict[str, Any]:
-        if self.fault != "stale images":
+        model, runner = self.model_runner.get_model(), self.model_runner
+        with pytest.MonkeyPatch.context() as patch:
+            if self.fault == "stale images":
+                patch.setattr(runner, "reset_encoder_cache", lambda: None)
+            if self.fault == "swapped in the loader":
+                load = model.load_weights
+                patch.setattr(model, "load_weights", lambda weights: load(swapped(weights)))
             return super().load_update(update_path, policy_dir)
-        keep, self.model_runner.reset_encoder_cache = self.model_runner.reset_encoder_cache, lambda: None
-        try:
-            return super().load_update(update_path, policy_dir)
-        finally:
-            self.model_runner.reset_encoder_cache = keep
 
     def weights_to_load(
         self, update: WeightUpdate, policy_dir: Path, meter: DeltaMeter
     ) -> Iterator[tuple[str, Tensor]]:
         if self.fault == "unscaled":
             update = replace(update, lora_scale=1.0)
-        for name, tensor in super().weights_to_load(update, policy_dir, meter):
-            if self.fault == "swapped" and name in SWAPPED:
-                yield SWAPPED[1 - SWAPPED.index(name)], tensor
-            elif not (self.fault == "dropped" and name == DROPPED):
+        weights = super().weights_to_load(update, policy_dir, meter)
+        for name, tensor in swapped(weights) if self.fault == "swapped" else weights:
+            if not (self.fault == "dropped" and name == DROPPED):
                 yield name, tensor
+
+
+def swapped(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Give each of two layers the other's weight."""
+    for name, tensor in weights:
+        yield (SWAPPED[1 - SWAPPED.index(name)] if name in SWAPPED else name), tensor

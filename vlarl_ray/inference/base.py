@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Num
@@ -56,6 +56,16 @@ class Engine(Protocol):
 
     def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
         """Score given tokens under the weights in place, through the path that sampling takes."""
+        ...
+
+    def diagnose(
+        self,
+        request: ActRequest,
+        tokens: Num[np.ndarray, "B L"],
+        expected: Float32[np.ndarray, "B L"],
+        tolerance: float,
+    ) -> str:
+        """Say what makes `logprobs` differ from the expected ones by more than `tolerance` nats; empty if unknown."""
         ...
 
     def health(self) -> int | None:
@@ -191,6 +201,10 @@ class InferenceServer:
 
         return self._enqueue(score)
 
+    def diagnose(self, *question: Any) -> Future[str]:
+        """Queue a question for what is wrong, see `Engine`."""
+        return self._enqueue(lambda: self._engine.diagnose(*question))
+
     def health(self) -> Future[int | None]:
         """Queue a question for the version in place; no answer means that the engine hangs."""
         return self._enqueue(self._engine.health)
@@ -268,6 +282,10 @@ class ConcurrentServer:
     def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Future:
         """Start scoring (the canary's probe)."""
         return self._threads.submit(self._engine.logprobs, request, tokens)
+
+    def diagnose(self, *question: Any) -> Future[str]:
+        """Ask what is wrong, see `Engine`."""
+        return self._threads.submit(self._engine.diagnose, *question)
 
     def health(self) -> Future[int | None]:
         """Ask for the version in place; no answer means that the engine hangs."""

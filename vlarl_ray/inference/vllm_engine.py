@@ -1,7 +1,7 @@
 """The vLLM engine: many observations at once through one `AsyncLLM`, and weights that follow the learner's.
 
 ActRequest ─► gate (open, right version) ─► one generation per row ─► ActReply, stamped with the version that answered
-WeightUpdate ─► gate closed, rows drained ─► pause, caches cleared ─► workers merge and load ─► checksums compared
+WeightUpdate ─► gate closed, rows drained ─► pause, caches cleared ─► workers merge and load
              ─► version stamped ─► resume ─► gate open
 """
 
@@ -28,12 +28,11 @@ from vlarl_ray.config import InferenceConfig
 from vlarl_ray.inference.base import EngineLostError, check_version
 from vlarl_ray.inference.gate import CpuMeter, Gate
 from vlarl_ray.inference.vllm_start import shared_memory, start_engine, together
-from vlarl_ray.inference.vllm_worker import served_names
-from vlarl_ray.models.policy import DTYPES, empty_model
+from vlarl_ray.models.policy import empty_model
 from vlarl_ray.types import ActReply, ActRequest
 from vlarl_ray.vllm_checks import needed_len
 from vlarl_ray.weights.canary import compare_digests
-from vlarl_ray.weights.merge import checksum, merged, write_update
+from vlarl_ray.weights.merge import served_names, write_update
 from vlarl_ray.weights.update import LoadReport, WeightUpdate
 
 _LOG = logging.getLogger(__name__)
@@ -88,13 +87,12 @@ class VllmEngine:
         self._prompts: dict[str, list[int]] = {}
         self._request_ids = itertools.count()
         self.version: int | None = None
-        self.last_checksums: dict[str, str] = {}
-        """Fingerprint of each tensor that entered vLLM's loader last, by official name."""
 
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
         self._scratch = tempfile.TemporaryDirectory(prefix="vlarl-vllm-", dir=shared_memory())
+        self._update_path = Path(self._scratch.name) / "update.safetensors"
         try:
             self._engine: Any = self._run(self._start(worker_class))
         except BaseException:
@@ -113,7 +111,7 @@ class VllmEngine:
         """Merge the update into the pristine base weights and take its version; requests that came before finish first.
 
         Raises:
-            CanaryError: If what entered vLLM's loader is not what the update and the base make.
+            CanaryError: If vLLM's workers did not load the same.
             EngineLostError: If vLLM's process is gone.
             ValueError: If the update names a tensor that the model lacks.
         """
@@ -122,6 +120,16 @@ class VllmEngine:
     def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
         """Score given tokens: each is asked for after those before it, in a request of its own."""
         return self._run(self._logprobs(request, tokens))
+
+    def diagnose(
+        self,
+        request: ActRequest,
+        tokens: Num[np.ndarray, "B L"],
+        expected: Float32[np.ndarray, "B L"],
+        tolerance: float,
+    ) -> str:
+        """Find out why scores are not the expected ones: a cache that outlived its weights, or wrong layers."""
+        return self._run(self._diagnose(request, tokens, expected, tolerance))
 
     def health(self) -> int | None:
         """Return the version in place, after a round trip to vLLM's process.
@@ -176,30 +184,29 @@ class VllmEngine:
         start = time.perf_counter()
         async with self._gate.closed():
             self.version = None  # a load that fails half-way must not answer
-            names = served_names(update, self._pristine)
-            path = Path(self._scratch.name) / "update.safetensors"
-            await asyncio.to_thread(write_update, update, path)
+            served_names(update, self._pristine)  # refuses what the model lacks, before anything changes
+            await asyncio.to_thread(write_update, update, self._update_path)
             with _lost_engines_named():
-                expected = asyncio.to_thread(self._expected_checksums, update, names)
-                reports, checksums = await asyncio.gather(self._replace_weights(path, update.version), expected)
-            for rank, report in enumerate(reports):
-                where = f"loader of vLLM worker {rank}"
-                compare_digests(checksums, report["checksums"], where=where, version=update.version)
+                reports = await self._replace_weights(update.version)
+            for rank, report in enumerate(reports[1:], start=1):
+                where = f"loader of vLLM worker {rank}, against that of worker 0"
+                compare_digests(reports[0]["checksums"], report["checksums"], where=where, version=update.version)
             self.version = update.version
-            self.last_checksums = checksums
         kept, asked = (sum(report[key] for report in reports) for key in ("kept", "asked"))
         return LoadReport(
             version=update.version,
             digests=reports[0]["digests"],
             delta_kept=kept / asked if asked else 1.0,
             seconds=time.perf_counter() - start,
+            checksums=reports[0]["checksums"],
+            dtype=self._cfg.dtype,
         )
 
-    async def _replace_weights(self, path: Path, version: int) -> list[dict[str, Any]]:
+    async def _replace_weights(self, version: int) -> list[dict[str, Any]]:
         """Let the workers load an update while nothing runs and nothing is cached; returns their reports."""
         await self._engine.pause_generation(mode="wait", clear_cache=True)
         try:
-            reports = await self._engine.collective_rpc("load_update", args=(str(path), str(self._policy_dir)))
+            reports = await self._ask_workers("load_update")
             # Empty already; cleared again so that nothing a worker did meanwhile can outlive the old weights.
             await self._engine.reset_prefix_cache()
             await self._engine.reset_encoder_cache()
@@ -207,6 +214,24 @@ class VllmEngine:
         finally:
             await self._engine.resume_generation()
         return reports
+
+    async def _ask_workers(self, method: str) -> list[Any]:
+        """Call a method of `UpdateLoading` in every worker, on the update loaded last."""
+        return await self._engine.collective_rpc(method, args=(str(self._update_path), str(self._policy_dir)))
+
+    async def _diagnose(self, request: ActRequest, tokens: np.ndarray, expected: np.ndarray, tolerance: float) -> str:
+        async def agrees() -> bool:
+            return bool(np.abs(await self._logprobs(request, tokens) - expected).max() <= tolerance)
+
+        await self._engine.reset_prefix_cache()
+        if await agrees():
+            return "its prefix cache held keys and values of older weights"
+        await self._engine.reset_encoder_cache()
+        await self._engine.reset_prefix_cache()
+        if await agrees():
+            return "its image cache held embeddings of older weights"
+        wrong = sorted(name for names in await self._ask_workers("wrong_layers") for name in names)
+        return f"layers that compute with other weights: {', '.join(wrong)}" if wrong else ""
 
     async def _health(self) -> int | None:
         with _lost_engines_named():
@@ -280,14 +305,6 @@ class VllmEngine:
             ids, lengths = self._policy.encode_prompts([instruction])
             self._prompts[instruction] = ids[0, : int(lengths[0])].tolist()
         return self._prompts[instruction]
-
-    def _expected_checksums(self, update: WeightUpdate, names: list[str]) -> dict[str, str]:
-        """Fingerprints of what update and base make, computed beside the workers rather than by them."""
-        dtype = DTYPES[self._cfg.dtype]
-        return {
-            name: checksum(tensor)
-            for name, tensor in merged(self._pristine, update, names, dtype=dtype, device=self._device)
-        }
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -9,14 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.policy import policy_weights
 from vlarl_ray.weights.canary import update_digests
-from vlarl_ray.weights.merge import DeltaMeter, checksum, merged, names_to_load, read_update
+from vlarl_ray.weights.merge import DeltaMeter, checksum, merged, read_update, served_names
 from vlarl_ray.weights.update import WeightUpdate
-
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linear layers that vLLM's Llama keeps in one tensor."""
 
 
 class UpdateLoading:
@@ -53,6 +49,19 @@ class UpdateLoading:
             "asked": meter.asked,
         }
 
+    def wrong_layers(self, update_path: str, policy_dir: str) -> list[str]:
+        """Name the layers that do not compute with what `load_update` was to load; none where a layer is split."""
+        from vlarl_ray.inference.vllm_diagnosis import wrong_layers
+
+        if self.model_runner.parallel_config.tensor_parallel_size > 1:
+            return []
+        update, pristine = read_update(Path(update_path)), policy_weights(Path(policy_dir))
+        shapes = {name: stored.shape for name, stored in pristine.items()}
+        names = served_names(update, pristine)
+        dtype = self.model_runner.model_config.dtype
+        expected = merged(pristine, update, names, dtype=dtype, device=self.device)
+        return wrong_layers(self.model_runner.get_model(), expected, shapes)
+
     def weights_to_load(
         self, update: WeightUpdate, policy_dir: Path, meter: DeltaMeter
     ) -> Iterator[tuple[str, Tensor]]:
@@ -61,8 +70,3 @@ class UpdateLoading:
         names = served_names(update, pristine)
         dtype = self.model_runner.model_config.dtype
         yield from merged(pristine, update, names, dtype=dtype, device=self.device, meter=meter)
-
-
-def served_names(update: WeightUpdate, pristine: Any) -> list[str]:
-    """Names of `names_to_load`, without the heads, which only the learner computes."""
-    return [name for name in names_to_load(update, pristine, FUSED) if not name.startswith(HEADS)]

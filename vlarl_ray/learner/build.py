@@ -9,7 +9,7 @@ from vlarl_ray.config import ExperimentConfig
 from vlarl_ray.learner.learner import Learner
 from vlarl_ray.learner.loading import load_shards
 from vlarl_ray.models.lora import attach_lora
-from vlarl_ray.models.policy import empty_model, load_model
+from vlarl_ray.models.policy import empty_model, load_model, policy_weights
 from vlarl_ray.registry import ALGORITHMS, resolve
 
 
@@ -72,4 +72,5 @@ def build_learner(
         seed=cfg.seed,
         device=device,
         fill=fill,
+        pristine=policy_weights(Path(policy_dir)),
     )

@@ -60,6 +60,12 @@ class LearnerGroup:
         [(num_bytes, digests)] = self._transport.get([summary], timeout_s=self._deadline_s, what="gathering weights")
         return handles[0], num_bytes, digests
 
+    def expected_checksums(self, update: Any, dtype: str) -> dict[str, str]:
+        """Fingerprint what a server of precision `dtype` must load for an update, given by reference; on rank 0."""
+        asked = self._transport.call(self._ranks[0], "expected_checksums", update, dtype)
+        [checksums] = self._transport.get([asked], timeout_s=self._deadline_s, what="merging weights")
+        return checksums
+
     def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
         """Score given tokens under the current weights."""
         return self._all("logprobs", request, tokens)[0]

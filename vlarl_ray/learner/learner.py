@@ -26,8 +26,11 @@ from vlarl_ray.learner.update import Minibatch, NonFiniteError, Updater
 from vlarl_ray.models.base import VLAModel
 from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.lora import CRITIC, POLICY, lora_layers, official_name
+from vlarl_ray.models.policy import DTYPES
+from vlarl_ray.models.weight_files import WeightFiles
 from vlarl_ray.types import ActRequest, Scores, TrainBatch, Trajectory, spread_mask
 from vlarl_ray.weights.canary import update_digests
+from vlarl_ray.weights.merge import expected_checksums
 from vlarl_ray.weights.update import WeightUpdate
 
 _LOG = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ class Learner:
         store_address: Host and port where ranks meet; rank 0 listens there.
         seed: Of the run; decides the order of rows.
         device: Torch device; None follows `cfg.device`.
+        pristine: Weights of the policy folder, which servers merge into; rank 0 needs them for servers that report
+            checksums.
     """
 
     def __init__(
@@ -60,12 +65,14 @@ class Learner:
         seed: int = 0,
         device: str | torch.device | None = None,
         fill: Callable[[VLAModel, Ranks], None] | None = None,
+        pristine: WeightFiles | None = None,
     ) -> None:
         _check_supported(cfg, algorithm, model, store_address)
         torch.set_num_threads(cfg.num_threads)
         self._cfg = cfg
         self._algorithm = algorithm
         self._seed = seed
+        self._pristine = pristine
         self._device = torch.device(device or _device(cfg))
         self.model = model.eval()  # no dropout: the scored distribution is the sampled one
         if fill is None:
@@ -189,6 +196,17 @@ class Learner:
         if self._summary is None or self._summary[0] != version:
             raise ValueError(f"weight_update_summary({version}) must follow weight_update({version}) on rank 0.")
         return self._summary[1:]
+
+    def expected_checksums(self, update: WeightUpdate, dtype: str) -> dict[str, str]:
+        """Merge an update into the weights this run started from, and fingerprint what a server must load.
+
+        Args:
+            update: Of `weight_update`.
+            dtype: The server's precision.
+        """
+        if self._pristine is None:
+            raise ValueError("a learner made without its policy folder cannot say what servers must load.")
+        return expected_checksums(self._pristine, update, dtype=DTYPES[dtype], device=self._device)
 
     def logprobs(self, request: ActRequest, tokens: Num[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
         """Score given tokens under the current weights, for the canary. Collective; every rank returns all rows."""

@@ -160,6 +160,10 @@ class InferenceServerActor:
         """Score the probe batch."""
         return self._server.logprobs(request, tokens).result()
 
+    def diagnose(self, *question: Any) -> str:
+        """What is wrong with the probe's scores, see `Engine.diagnose`."""
+        return self._server.diagnose(*question).result()
+
     def health(self) -> int | None:
         """Version in place, None where there is none yet; see `Engine.health`."""
         return self._server.health().result()
@@ -220,6 +224,10 @@ class LearnerRankActor:
     def weight_update_summary(self, version: int) -> tuple[int, dict[str, str]]:
         """Bytes and digests of the last weight update."""
         return self._learner.weight_update_summary(version)
+
+    def expected_checksums(self, update: WeightUpdate, dtype: str) -> dict[str, str]:
+        """Fingerprint what a server must load."""
+        return self._learner.expected_checksums(update, dtype)
 
     def logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
         """Score the probe batch."""

@@ -17,12 +17,15 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.lora import merged_weight
 from vlarl_ray.models.weight_files import WeightFiles
 from vlarl_ray.weights.update import WeightUpdate
 
 _MIX = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB)
 """Odd 64-bit factors that spread every input bit, as in splitmix64, below 2^63 where torch's integers end."""
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers that vLLM's Llama keeps in one tensor."""
 _PART = 1 << 22
 """Elements fingerprinted or rounded at once: bounds the temporaries."""
 
@@ -133,6 +136,19 @@ def names_to_load(update: WeightUpdate, pristine: Iterable[str], groups: Iterabl
             if last in group:
                 wanted |= {f"{parent}.{other}.{kind}" for other in group} & known
     return sorted(wanted)
+
+
+def served_names(update: WeightUpdate, pristine: Iterable[str]) -> list[str]:
+    """Names of `names_to_load` for vLLM, without the heads, which only the learner computes."""
+    return [name for name in names_to_load(update, pristine, FUSED) if not name.startswith(HEADS)]
+
+
+def expected_checksums(
+    pristine: WeightFiles, update: WeightUpdate, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, str]:
+    """Fingerprint what must enter the loader of a vLLM server, by official name; no more than a tensor at a time."""
+    names = served_names(update, pristine)
+    return {name: checksum(tensor) for name, tensor in merged(pristine, update, names, dtype=dtype, device=device)}
 
 
 def merged(

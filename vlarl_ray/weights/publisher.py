@@ -1,10 +1,11 @@
 """Ship one version of the weights from learner to servers, and prove that it arrived.
 
-LearnerGroup.weight_update ─► object store ─► every server: load (merge) ─► digests, probe ─► or stop the run
+LearnerGroup.weight_update ─► object store ─► every server: load (merge) ─► digests, checksums, probe ─► or stop the run
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ from vlarl_ray.types import ActRequest
 from vlarl_ray.weights.canary import CanaryError, Probe, compare_digests, compare_probe
 from vlarl_ray.weights.update import LoadReport
 
+_LOG = logging.getLogger(__name__)
+
 
 @runtime_checkable
 class PublishesWeights(Protocol):
@@ -24,6 +27,10 @@ class PublishesWeights(Protocol):
 
     def weight_update(self, version: int) -> Any:
         """Return a reference to a `(WeightUpdate)` and its `(num_bytes, digests)`."""
+        ...
+
+    def expected_checksums(self, update: Any, dtype: str) -> dict[str, str]:
+        """Fingerprint what a server of this precision must load for an update, given by reference."""
         ...
 
     def logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
@@ -75,6 +82,7 @@ class WeightPublisher:
         self._deadline_s = deadline_s
         self._keeper = keeper
         self._published: tuple[int, Any, Mapping[str, str]] | None = None
+        self._expected: dict[str, Mapping[str, str]] = {}
         self._previous: np.ndarray | None = None
         self._noise = 0.0
         self._lock = threading.Lock()
@@ -90,7 +98,7 @@ class WeightPublisher:
         """
         reference, num_bytes, digests = self._learner.weight_update(version)
         with self._lock:
-            self._published = (version, reference, digests)
+            self._published, self._expected = (version, reference, digests), {}
             loads = [self._transport.call(server, "load", reference) for server in self._servers]
             reports = [self._finish_load(index, handle) for index, handle in enumerate(loads)]
             gap = self._compare_probe(version)
@@ -116,15 +124,7 @@ class WeightPublisher:
             scored = self._transport.call(self._servers[index], "logprobs", request, self._probe.tokens)
             [answer] = self._transport.get([scored], timeout_s=self._deadline_s, what="scoring the probe batch")
             assert self._previous is not None  # of this version, as its publication was completed
-            compare_probe(
-                self._previous,
-                answer,
-                None,
-                tolerance=self._tolerance,
-                noise=self._noise,
-                where=f"server {index}, restarted",
-                version=version,
-            )
+            self._compare(index, request, answer, self._previous, None, where=f"server {index}, restarted")
         finally:
             self._lock.release()
 
@@ -144,6 +144,11 @@ class WeightPublisher:
             again = self._transport.call(self._servers[index], "load", reference)
             [report] = self._transport.get([again], timeout_s=self._deadline_s, what=what)
         compare_digests(digests, report.digests, where=f"server {index}", version=version)
+        if report.checksums:
+            if report.dtype not in self._expected:
+                self._expected[report.dtype] = self._learner.expected_checksums(reference, report.dtype)
+            where = f"loader of server {index}"
+            compare_digests(self._expected[report.dtype], report.checksums, where=where, version=version)
         return report
 
     def _compare_probe(self, version: int) -> float:
@@ -152,18 +157,42 @@ class WeightPublisher:
         expected = self._learner.logprobs(request, self._probe.tokens)
         answers = self._transport.get(scored, timeout_s=self._deadline_s, what="scoring the probe batch")
         gaps = [
-            compare_probe(
-                expected,
-                answer,
-                self._previous,
-                tolerance=self._tolerance,
-                noise=self._noise,
-                where=f"server {i}",
-                version=version,
-            )
-            for i, answer in enumerate(answers)
+            self._compare(index, request, answer, expected, self._previous, where=f"server {index}")
+            for index, answer in enumerate(answers)
         ]
         if self._previous is None:
             self._noise = max(gaps)
         self._previous = expected
         return max(gaps)
+
+    def _compare(
+        self,
+        index: int,
+        request: ActRequest,
+        answer: np.ndarray,
+        expected: np.ndarray,
+        previous: np.ndarray | None,
+        *,
+        where: str,
+    ) -> float:
+        """Compare a server's answer, see `compare_probe`; where it is wrong, the server is asked what is wrong."""
+        version = request.policy_version
+        try:
+            return compare_probe(
+                expected,
+                answer,
+                previous,
+                tolerance=self._tolerance,
+                noise=self._noise,
+                where=where,
+                version=version,
+            )
+        except CanaryError as error:
+            question = (request, self._probe.tokens, expected, self._tolerance)
+            try:
+                asked = self._transport.call(self._servers[index], "diagnose", *question)
+                [found] = self._transport.get([asked], timeout_s=self._deadline_s, what="finding out what is wrong")
+            except (RuntimeError, TimeoutError) as failure:
+                _LOG.warning("%s cannot say what is wrong: %s", where, failure)
+                raise error from None
+            raise (CanaryError(f"{error} Found: {found}.") if found else error) from None

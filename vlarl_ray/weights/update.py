@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float32
@@ -45,3 +45,8 @@ class LoadReport:
     delta_kept: float
     """Projection of the served weight change on the one asked for: 1 if rounding lost nothing."""
     seconds: float
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    """`weights.merge.checksum` of each tensor as it entered the loader, by official name; none where nothing is loaded
+    that the engine could not read back."""
+    dtype: str = ""
+    """Precision of those tensors."""
