@@ -1,0 +1,93 @@
+"""The laptop trio decoded token by token: learning through vLLM over seeds, and its pace beside the PyTorch engine's.
+
+`rl`: the whole preset `jobs/laptop_vllm.yaml` for each seed (demonstrations, warm start, evaluation, RL, evaluation).
+`pace`: both engines in turn run a few iterations from the first seed's warm start, learning as they would. Finished
+runs are kept and skipped; a run that was interrupted resumes.
+
+    python -m benchmarks.laptop_engines [--seeds 0 1 2] [--parts rl pace] [--folder runs/benchmark-laptop-engines]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks._results import read_result, setup_digest, write_result
+from benchmarks.laptop import is_finished, note_origin, read_json, read_run, show, vlarl
+from vlarl_ray.metrics.logger import read_jsonl
+
+PRESET = "jobs/laptop_vllm.yaml"
+ENGINES = {
+    "vllm": (),
+    "torch": (
+        "--inference.engine", "torch", "--inference.vllm.kv_cache_bytes", "null", "--inference.batch_size", 30,
+    ),
+}  # fmt: skip
+PACE_TURNS, PACE_ITERATIONS = 2, 8
+PACE = (
+    "throughput/decisions_per_s",
+    "throughput/env_steps_per_s",
+    "time/inference_cpu_ms_per_decision",
+    "time/rollout_s",
+    "time/update_s",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--parts", nargs="+", default=["rl", "pace"])
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-laptop-engines"))
+    args = parser.parse_args()
+    if "rl" in args.parts:
+        for seed in args.seeds:
+            run(args.folder / f"vllm-seed{seed}", "--seed", seed)
+    if "pace" in args.parts:
+        policy = args.folder / f"vllm-seed{args.seeds[0]}" / "policy"
+        for turn in range(PACE_TURNS):
+            for engine, settings in ENGINES.items():
+                common = ("--seed", turn, "--policy", policy, "--num_iterations", PACE_ITERATIONS)
+                run(args.folder / f"pace-{engine}-{turn}", *common, "--evaluation.states_per_task", 2, *settings)
+    figures = collect(args.folder, args.seeds)
+    show({"vllm": figures["learning through vLLM"]})
+    for engine, pace in figures["pace"].items():
+        print(engine, pace)
+    print("wrote", write_result("laptop_engines", figures))
+
+
+def run(folder: Path, *settings: Any) -> None:
+    """Run the preset, unless that was done."""
+    if not is_finished(folder):
+        resume = ["--resume"] if folder.exists() else []
+        note_origin(folder)
+        vlarl("train", PRESET, "--run-dir", folder, *settings, *resume)
+
+
+def collect(folder: Path, seeds: list[int]) -> dict[str, Any]:
+    """Figures of finished runs; those of earlier results are kept where a run is gone but not its preset."""
+    digest, earlier = setup_digest(PRESET), read_result("laptop_engines")
+    figures: dict[str, Any] = {"learning through vLLM": {}, "pace": {}}
+    for seed in seeds:
+        found = read_run(folder / f"vllm-seed{seed}", final=True)
+        kept = earlier.get("learning through vLLM", {}).get(f"seed {seed}", {})
+        if found:
+            rows = read_jsonl(folder / f"vllm-seed{seed}" / "metrics.jsonl")
+            pace = {name: round(statistics.median(row[name] for row in rows), 2) for name in PACE}
+            figures["learning through vLLM"][f"seed {seed}"] = {"preset": digest, **found, "median": pace}
+        elif kept.get("preset") == digest:
+            figures["learning through vLLM"][f"seed {seed}"] = kept
+    for engine in ENGINES:
+        folders = [folder / f"pace-{engine}-{turn}" for turn in range(PACE_TURNS)]
+        if all(map(is_finished, folders)):
+            # the first iteration of each warms up
+            rows = [row for path in folders for row in read_jsonl(path / "metrics.jsonl")[1:]]
+            medians = {name: round(statistics.median(row[name] for row in rows), 2) for name in PACE}
+            origin = read_json(folders[0] / "benchmark_origin.json")
+            figures["pace"][engine] = {"preset": digest, "iterations": len(rows), **medians, **origin}
+    return figures
+
+
+if __name__ == "__main__":
+    main()
