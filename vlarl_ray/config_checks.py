@@ -278,6 +278,13 @@ def _rollout(cfg: ExperimentConfig) -> Iterator[Problem]:
             ("rollout.envs_per_worker",),
             f"rollout.envs_per_worker = {rollout.envs_per_worker}: {advice}; set {rollout.envs_per_worker + 1}.",
         )
+    if cfg.inference.deadline_s >= rollout.episode_deadline_s:
+        advice = (
+            "the workers of a server that hangs return nothing either, and would be taken for hung after "
+            f"rollout.episode_deadline_s = {rollout.episode_deadline_s:g}; set it below that"
+        )
+        fields = ("inference.deadline_s", "rollout.episode_deadline_s")
+        yield Problem(fields, f"inference.deadline_s = {cfg.inference.deadline_s:g}: {advice}.")
     fields = ("rollout.group_size", "algorithm.name", "algorithm.baseline_scope")
     if name in ("ppo", "chunk_ppo") and rollout.group_size != 1:
         advice = f"{name} has a critic and compares nothing within a group; set 1, and raise rollout.groups_per_update"

@@ -309,6 +309,10 @@ BROKEN = {
         ["--learner.dtype", "bfloat16"],
         "inference.dtype = float32, learner.dtype = bfloat16: must equal",
     ),
+    "a hung server": (
+        ["--inference.deadline_s", "120"],
+        "inference.deadline_s = 120: the workers of a server that hangs return nothing either",
+    ),
     "reference of a full model": (
         ["--learner.train", "full", "--algorithm.kl_coef", "0.1"],
         "algorithm.kl_coef = 0.1 with learner.train = full",
