@@ -559,6 +559,8 @@ class ClusterConfig:
     """GPUs an inference server reserves."""
     gpus_per_worker: NonNegativeFloat = 0.0
     """Sliver of a GPU an env worker reserves for rendering; workers are spread evenly."""
+    gpu_bytes: Positive | None = None
+    """Memory of one GPU, to check before the start what must fit; None asks this machine's, if Ray starts here."""
     placement_timeout_s: PositiveFloat = 120.0
     """How long to wait for the reserved resources."""
 
