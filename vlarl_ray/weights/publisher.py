@@ -184,8 +184,7 @@ class WeightPublisher:
             self._compare(index, request, answer, expected, self._previous, where=f"server {index}")
             for index, answer in enumerate(answers)
         ]
-        if self._previous is None:
-            self._noise = max(gaps)
+        self._noise = max(self._noise, *gaps)
         self._previous = expected
         return max(gaps)
 
