@@ -352,8 +352,19 @@ BROKEN = {
 }
 
 
+def test_tolerances_of_float32_are_refused_in_bfloat16():
+    words = ["--learner.dtype", "bfloat16", "--inference.dtype", "bfloat16"]
+    messages = problems(*words)
+    assert [message.partition(":")[0] for message in messages] == [
+        "trust.canary_tolerance = 0.0001",
+        "trust.sampler_ratio_tolerance = 0.0001",
+    ]
+    load_config(None, [*words, "--trust.canary_tolerance", "0.5", "--trust.sampler_ratio_tolerance", "0.5"])
+
+
 def test_quest_computes_in_float32():
-    messages = problems(*QUEST, "--learner.dtype", "bfloat16", "--inference.dtype", "bfloat16")
+    tolerances = ["--trust.canary_tolerance", "0.5", "--trust.sampler_ratio_tolerance", "0.5"]
+    messages = problems(*QUEST, *tolerances, "--learner.dtype", "bfloat16", "--inference.dtype", "bfloat16")
     assert [message.partition(":")[0] for message in messages] == [
         "learner.dtype = bfloat16",
         "inference.dtype = bfloat16",
