@@ -95,7 +95,7 @@ class ServerKeeper:
         with self._lock:
             watched = self._watched[index]
             if not watched.is_starting:  # else its loss is known, and its successor is on its way
-                self._lose(watched, index, "failed while it loaded weights")
+                self._lose(watched, index, "failed in a publication")
                 ray.kill(watched.server, no_restart=False)
             self._wait_for_start(watched, index)
 

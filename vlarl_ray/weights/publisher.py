@@ -64,7 +64,7 @@ class WeightPublisher:
         probe: Batch for the comparison.
         tolerance: Largest accepted log-probability difference, nats.
         deadline_s: Longest wait for a server.
-        keeper: Brings back a server that dies or hangs while it loads; None gives up.
+        keeper: Brings back a server that dies or hangs while it loads or scores; None gives up.
     """
 
     def __init__(
