@@ -162,6 +162,7 @@ def run_rank(
 ) -> None:
     """Body of one process: say how large it is, load, say what it holds, wait for the others."""
     settings = {"run_dir": "none", "learner.dtype": "bfloat16", "inference.dtype": "bfloat16", "learner.device": "cpu"}
+    settings |= {"trust.canary_tolerance": "0.5", "trust.sampler_ratio_tolerance": "0.5"}
     cfg = load_config(None, [word for name, value in settings.items() for word in (f"--{name}", value)])
     ranks: dict[str, Any] = {"rank": rank, "world_size": world_size, "store_address": address}
     connection.send(private())

@@ -201,7 +201,7 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     lines = list(map(str, findings))
     if job is not None:
         plan = doctor.plan_of(job)
-        of_job = [*filter(None, [doctor.check_suite(job)]), doctor.check_memory(job, plan)]
+        of_job = [*filter(None, [doctor.check_suite(job), doctor.check_server(job)]), doctor.check_memory(job, plan)]
         findings += of_job
         lines += [*map(str, of_job), plan.table]
     _print("\n".join(lines))

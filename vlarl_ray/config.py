@@ -504,9 +504,9 @@ class TrustConfig:
     deterministic: bool = False
     """Pad inference batches to a fixed shape, so that a run is bit-reproducible (CPU, lag 0)."""
     sampler_ratio_tolerance: PositiveFloat = 1e-4
-    """Largest accepted |ratio - 1| between learner and engine, fp32."""
+    """Largest accepted |ratio - 1| between learner and engine; the default is for fp32, about 0.5 for bf16."""
     canary_tolerance: PositiveFloat = 1e-4
-    """Largest accepted log-probability difference between server and learner on the probe batch, fp32."""
+    """Largest accepted log-probability difference between server and learner on the probe batch, nats; as above."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -559,6 +559,8 @@ class ClusterConfig:
     """GPUs an inference server reserves."""
     gpus_per_worker: NonNegativeFloat = 0.0
     """Sliver of a GPU an env worker reserves for rendering; workers are spread evenly."""
+    gpu_bytes: Positive | None = None
+    """Memory of one GPU, to check before the start what must fit; None asks this machine's, if Ray starts here."""
     placement_timeout_s: PositiveFloat = 120.0
     """How long to wait for the reserved resources."""
 

@@ -19,6 +19,9 @@ from vlarl_ray.preprocessing_config import PreprocessingConfig
 from vlarl_ray.quest_checks import quest_problems
 from vlarl_ray.vllm_checks import model_problems, vllm_problems
 
+_BFLOAT16_TOLERANCE = 2**-7
+"""Two roundings of a log-probability of 1 nat; no run in bfloat16 stays below."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -278,6 +281,13 @@ def _rollout(cfg: ExperimentConfig) -> Iterator[Problem]:
             ("rollout.envs_per_worker",),
             f"rollout.envs_per_worker = {rollout.envs_per_worker}: {advice}; set {rollout.envs_per_worker + 1}.",
         )
+    if cfg.inference.deadline_s >= rollout.episode_deadline_s:
+        advice = (
+            "the workers of a server that hangs return nothing either, and would be taken for hung after "
+            f"rollout.episode_deadline_s = {rollout.episode_deadline_s:g}; set it below that"
+        )
+        fields = ("inference.deadline_s", "rollout.episode_deadline_s")
+        yield Problem(fields, f"inference.deadline_s = {cfg.inference.deadline_s:g}: {advice}.")
     fields = ("rollout.group_size", "algorithm.name", "algorithm.baseline_scope")
     if name in ("ppo", "chunk_ppo") and rollout.group_size != 1:
         advice = f"{name} has a critic and compares nothing within a group; set 1, and raise rollout.groups_per_update"
@@ -432,6 +442,13 @@ def _lag(cfg: ExperimentConfig) -> Iterator[Problem]:
 
 
 def _trust(cfg: ExperimentConfig) -> Iterator[Problem]:
+    for path in ("trust.canary_tolerance", "trust.sampler_ratio_tolerance"):
+        if cfg.inference.dtype == "bfloat16" and value_at(cfg, path) < _BFLOAT16_TOLERANCE:
+            advice = (
+                "in bfloat16 engine and learner differ by rounding alone (by 0.37 nats in a small policy with steep "
+                "logits); set it to 0.5"
+            )
+            yield Problem((path, "inference.dtype"), f"{path} = {value_at(cfg, path):g}: {advice}.")
     if not cfg.trust.deterministic:
         return
     wanted = {

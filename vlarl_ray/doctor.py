@@ -18,6 +18,7 @@ from vlarl_ray import libero_tasks
 from vlarl_ray.config import ClusterConfig, ExperimentConfig
 from vlarl_ray.envs.gl import BACKENDS, GLUnavailableError, describe_gl
 from vlarl_ray.envs.libero_simulation import LiberoUnavailableError, assets_folder, package_folder
+from vlarl_ray.vllm_checks import serves_on_gpu
 
 if TYPE_CHECKING:
     from vlarl_ray.memory_plan import MemoryPlan
@@ -84,14 +85,27 @@ def check_suite(job: ExperimentConfig) -> Finding | None:
     return Finding("LIBERO", True, detail)
 
 
+def check_server(job: ExperimentConfig) -> Finding | None:
+    """A server of the job fits into its share of a GPU; None where no vLLM runs on one."""
+    from vlarl_ray.launch import with_policys_model
+    from vlarl_ray.memory_plan import vllm_need
+
+    if not serves_on_gpu(job):
+        return None
+    needs, problem = vllm_need(with_policys_model(job), gpu_bytes=_gpu_bytes(job))
+    if problem is not None:
+        lacks, _, fix = problem.partition("; ")
+        return Finding("server", False, lacks, fix)
+    return Finding("server", True, f"needs {needs} GiB of a GPU")
+
+
 def check_memory(job: ExperimentConfig, plan: MemoryPlan) -> Finding:
-    """The job's learner ranks and servers fit on this machine's GPUs, or in its memory where it has none."""
+    """The job's learner ranks and servers fit on GPUs as the job names or this machine has, or else in its memory."""
     import psutil
-    import torch
 
     rank, server, cluster = plan.total("learner rank"), plan.total("inference server"), job.cluster
-    if torch.cuda.is_available():
-        there = torch.cuda.get_device_properties(0).total_memory
+    there = _gpu_bytes(job)
+    if there is not None:
         # a rank or server with half a GPU shares it with another
         needed = max(rank / min(1.0, cluster.gpus_per_rank or 1.0), server / min(1.0, cluster.gpus_per_server or 1.0))
         what = "on a GPU"
@@ -101,6 +115,14 @@ def check_memory(job: ExperimentConfig, plan: MemoryPlan) -> Finding:
     detail = f"tensors need {needed / 2**30:.1f} GiB {what}, {there / 2**30:.1f} GiB there"
     fix = "lower learner.micro_batch_size or inference.batch_size, raise learner.num_ranks, or take bfloat16"
     return Finding("memory", needed < there, detail, fix)
+
+
+def _gpu_bytes(job: ExperimentConfig) -> int | None:
+    import torch
+
+    if job.cluster.gpu_bytes is not None or not torch.cuda.is_available():
+        return job.cluster.gpu_bytes
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def check_platform() -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import socket
 import tempfile
 import time
@@ -26,6 +27,7 @@ from vlarl_ray.rollout.tasks import TaskSampler
 from vlarl_ray.run_folder import check_evaluation_dir, check_run_dir, sole_writer
 from vlarl_ray.summary import PeakMemory, RunSummary, describe_machine, installed_versions
 from vlarl_ray.transport import LocalTransport, Transport
+from vlarl_ray.vllm_checks import serves_on_gpu
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ def run_training(cfg: ExperimentConfig, *, inline: bool, resume: bool) -> int:
     check_instructions(cfg, suite)
     if inline or cfg.policy is None:
         check_simulator(cfg, suite)
+    if not inline:
+        check_server_memory(cfg)
     start = time.perf_counter()
     with ExitStack() as stack:
         if not inline:
@@ -181,6 +185,31 @@ def check_simulator(cfg: ExperimentConfig, suite: Suite) -> None:
         problems.append(f"model.proprio_dim = {cfg.model.proprio_dim}: {advice}.")
     if problems:
         raise ConfigError(problems)
+
+
+def check_server_memory(cfg: ExperimentConfig) -> None:
+    """Check that a GPU can hold a server on vLLM, where its size is known: named, or that of this machine's GPU.
+
+    A server checks the GPU that it gets, too.
+
+    Raises:
+        ConfigError: With the arithmetic.
+    """
+    if not serves_on_gpu(cfg):
+        return
+    import torch
+
+    from vlarl_ray.memory_plan import vllm_need
+
+    gpu_bytes = cfg.cluster.gpu_bytes
+    starts_here = not (cfg.cluster.address or os.environ.get("RAY_ADDRESS"))
+    if gpu_bytes is None and starts_here and torch.cuda.is_available():
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    needs, problem = vllm_need(cfg, gpu_bytes=gpu_bytes)
+    if problem is not None:
+        raise ConfigError([problem])
+    if gpu_bytes is None:
+        _LOG.info("a server needs %s GiB of a GPU; set cluster.gpu_bytes to have that checked before the start", needs)
 
 
 def prepare_run_dir(cfg: ExperimentConfig, *, is_training: bool = False) -> Path:

@@ -26,7 +26,7 @@ from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.lora import adapter_dropout, attach_lora
 from vlarl_ray.models.policy import DTYPES
 from vlarl_ray.registry import ALGORITHMS, MODELS, resolve
-from vlarl_ray.vllm_checks import VLLM_CPU_CACHE_BYTES
+from vlarl_ray.vllm_checks import VLLM_CPU_CACHE_BYTES, gpu_memory_problem, gpu_need
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -81,6 +81,21 @@ def plan_memory(cfg: ExperimentConfig, *, proprio_dim: int = 0, is_sharded: bool
 def plan_learner(cfg: ExperimentConfig, *, proprio_dim: int = 0) -> MemoryPlan:
     """List what each learner rank holds at its peak, on FSDP; arguments and parts as of `plan_memory`."""
     return MemoryPlan(tuple(_plan_rank(cfg, proprio_dim, is_sharded=True)))
+
+
+def vllm_need(cfg: ExperimentConfig, *, gpu_bytes: int | None) -> tuple[str, str | None]:
+    """Say what a server on vLLM needs of a GPU, and why `gpu_bytes` do not suffice; None where they do.
+
+    Args:
+        cfg: The job; `cfg.model` describes the policy.
+        gpu_bytes: Memory of one GPU; None where it is unknown, and nothing is compared.
+    """
+    served = [p.numel() for name, p in _empty_model(cfg.model).named_parameters() if not name.startswith(HEADS)]
+    sizes = {"weight_values": sum(served), "largest_values": max(served)}
+    _, sum_of_parts = gpu_need(cfg.inference, cfg.model, **sizes)
+    if gpu_bytes is None:
+        return sum_of_parts, None
+    return sum_of_parts, gpu_memory_problem(cfg.inference, cfg.model, gpu_bytes=gpu_bytes, **sizes)
 
 
 def _plan_rank(cfg: ExperimentConfig, proprio_dim: int, *, is_sharded: bool) -> Iterator[MemoryPart]:

@@ -62,7 +62,7 @@ def model_problems(cfg: ExperimentConfig, model: ModelConfig) -> Iterator[Found]
         )
         yield ("inference.engine", "model.decoding"), f"inference.engine = vllm: {message}."
     head_size = model.hidden_size // model.num_heads
-    if cfg.inference.device != "cuda" and not cfg.cluster.gpus_per_server and head_size not in CPU_HEAD_SIZES:
+    if not serves_on_gpu(cfg) and head_size not in CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         message = f"makes attention heads of {head_size}, but vLLM on CPUs has {sizes}; change one of the two"
         fields = ("model.hidden_size", "model.num_heads", "inference.engine")
@@ -74,6 +74,11 @@ def model_problems(cfg: ExperimentConfig, model: ModelConfig) -> Iterator[Found]
             fields = ("inference.vllm.tensor_parallel_size", f"model.{name}")
             message = f"must divide model.{name} = {value}; lower it"
             yield fields, f"inference.vllm.tensor_parallel_size = {ranks}: {message}."
+
+
+def serves_on_gpu(cfg: ExperimentConfig) -> bool:
+    """Whether vLLM is to run on GPUs."""
+    return cfg.inference.engine == "vllm" and cfg.inference.device != "cpu" and cfg.cluster.gpus_per_server > 0
 
 
 def needed_len(model: ModelConfig) -> int:
@@ -96,32 +101,44 @@ def is_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def gpu_memory_problem(
-    inference: InferenceConfig, model: ModelConfig, *, weight_bytes: int, largest_values: int, gpu_bytes: int
-) -> str | None:
-    """Say why a GPU cannot hold a server of this model; None where it can.
+def gpu_need(
+    inference: InferenceConfig, model: ModelConfig, *, weight_values: int, largest_values: int
+) -> tuple[int, str]:
+    """Say what a server takes of each of its GPUs at least: bytes, and how they add up.
 
     Args:
-        inference: Precision, and the share of the GPU that vLLM may take.
+        inference: Precision, and what vLLM keeps beside the weights.
         model: Dimensions.
-        weight_bytes: Of all served tensors, in that precision.
+        weight_values: Numbers in all served tensors.
         largest_values: Numbers in the largest tensor: that much is merged at once, in fp32.
-        gpu_bytes: Memory of one GPU.
     """
-    vllm, gib = inference.vllm, 2**30
-    weights = weight_bytes // vllm.tensor_parallel_size
-    merging = largest_values * (8 + _BYTES[inference.dtype])
+    vllm, width = inference.vllm, _BYTES[inference.dtype]
+    weights = weight_values * width // vllm.tensor_parallel_size
+    merging = largest_values * (8 + width)
     # without a size of its own the pool is what is left; it must hold one sequence
     cache = vllm.kv_cache_bytes or (vllm.max_model_len or needed_len(model)) * token_bytes(inference, model)
-    needed, allowed = weights + merging + cache, vllm.gpu_memory_utilization * gpu_bytes
-    if needed <= allowed:
+    parts = ((weights, "for weights"), (merging, "while it merges"), (cache, "for keys and values"))
+    needed = weights + merging + cache
+    return needed, f"{' + '.join(f'{_gib(part)} {what}' for part, what in parts)} = {_gib(needed)}"
+
+
+def gpu_memory_problem(
+    inference: InferenceConfig, model: ModelConfig, *, weight_values: int, largest_values: int, gpu_bytes: int
+) -> str | None:
+    """Say why a GPU of `gpu_bytes` cannot hold a server of this model; None where it can. Others as of `gpu_need`."""
+    share = inference.vllm.gpu_memory_utilization
+    needed, sum_of_parts = gpu_need(inference, model, weight_values=weight_values, largest_values=largest_values)
+    if needed <= share * gpu_bytes:
         return None
     return (
-        f"inference.vllm.gpu_memory_utilization = {vllm.gpu_memory_utilization:g}: of a GPU of {gpu_bytes / gib:.1f} "
-        f"GiB that is {allowed / gib:.1f}, but a server needs {weights / gib:.1f} for weights + {merging / gib:.1f} "
-        f"while it merges + {cache / gib:.1f} for keys and values = {needed / gib:.1f}; raise it, set bfloat16, or "
+        f"inference.vllm.gpu_memory_utilization = {share:g}: of a GPU of {_gib(gpu_bytes)} GiB that is "
+        f"{_gib(share * gpu_bytes)}, but a server needs {sum_of_parts}; raise it, set inference.dtype to bfloat16, or "
         "raise inference.vllm.tensor_parallel_size."
     )
+
+
+def _gib(num_bytes: int | float) -> str:
+    return f"{num_bytes / 2**30:.3f}"
 
 
 def token_bytes(inference: InferenceConfig, model: ModelConfig) -> int:
@@ -161,6 +178,11 @@ def _parallel(cfg: ExperimentConfig) -> Iterator[Found]:
         message = f"needs as many GPUs; set cluster.gpus_per_server = {ranks} (it is {gpus:g}), or lower it to 1"
         fields = ("inference.vllm.tensor_parallel_size", "cluster.gpus_per_server")
         yield fields, f"inference.vllm.tensor_parallel_size = {ranks}: {message}."
+    share = cfg.inference.vllm.gpu_memory_utilization
+    if 0 < gpus < share <= 1:
+        message = f"the server reserves cluster.gpus_per_server = {gpus:g} of a GPU; set at most that, or reserve more"
+        fields = ("inference.vllm.gpu_memory_utilization", "cluster.gpus_per_server")
+        yield fields, f"inference.vllm.gpu_memory_utilization = {share:g}: {message}."
 
 
 def _unused(inference: InferenceConfig) -> Iterator[Found]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -166,27 +166,49 @@ def _model_problems(cfg: ExperimentConfig, model: ModelConfig) -> list[str]:
 
 
 def check_instructions(cfg: ExperimentConfig, suite: Suite) -> None:
-    """Check that the policy a run starts from knows the suite's instructions, where it has a table of those it knows.
+    """Check that the policy a run starts from can be given the suite's instructions.
 
     Raises:
-        ConfigError: Naming every task whose instruction is not in the table.
+        ConfigError: Naming every task whose instruction is not in the policy's table, where it has one, or makes too
+            long a prompt.
     """
-    if cfg.policy is None or cfg.model.architecture != "quest":
+    if cfg.policy is None:
         return
+    wanted = {task_id: suite.instruction(task_id) for task_id in suite.task_ids}
+    check = _unknown_instructions if cfg.model.architecture == "quest" else _long_prompts
+    problems = check(cfg, Path(cfg.policy), wanted)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _unknown_instructions(cfg: ExperimentConfig, source: Path, wanted: Mapping[str, str]) -> list[str]:
     from vlarl_ray.models.official import is_official, read_official
     from vlarl_ray.models.policy import describe_policy
 
-    source = Path(cfg.policy)
     if is_official(source):
         known = read_official(source, cfg.model, unnorm_key=cfg.unnorm_key).metadata["instructions"]
     else:
         known = describe_policy(source)["metadata"].get("instructions", [])
-    wanted = {task_id: suite.instruction(task_id) for task_id in suite.task_ids}
-    problems = [
+    return [
         f"env.tasks: the instruction of {task_id!r}, {text!r}, is not among those that the policy {source} knows; "
         f"{suggest(text, known)}. Leave the task out, or mend `instructions` in the checkpoint's config.json."
         for task_id, text in wanted.items()
         if text not in known
     ]
-    if problems:
-        raise ConfigError(problems)
+
+
+def _long_prompts(cfg: ExperimentConfig, source: Path, wanted: Mapping[str, str]) -> list[str]:
+    from vlarl_ray.models.tokenizer import PromptTokenizer
+
+    path, most = source / "tokenizer.json", cfg.model.max_prompt_tokens
+    if not path.exists():  # a policy without prompts
+        return []
+    tokenizer = PromptTokenizer.load(path, cfg.model.prompt_style)
+    lengths = {task_id: len(tokenizer.encode(text)) for task_id, text in wanted.items()}
+    return [
+        f"env.tasks: the instruction of {task_id!r}, {wanted[task_id]!r}, makes a prompt of {length} tokens, but "
+        f"model.max_prompt_tokens = {most}; leave the task out, or raise that, in the config.json of a policy folder "
+        "(padding changes no result)."
+        for task_id, length in lengths.items()
+        if length > most
+    ]

@@ -309,6 +309,10 @@ BROKEN = {
         ["--learner.dtype", "bfloat16"],
         "inference.dtype = float32, learner.dtype = bfloat16: must equal",
     ),
+    "a hung server": (
+        ["--inference.deadline_s", "120"],
+        "inference.deadline_s = 120: the workers of a server that hangs return nothing either",
+    ),
     "reference of a full model": (
         ["--learner.train", "full", "--algorithm.kl_coef", "0.1"],
         "algorithm.kl_coef = 0.1 with learner.train = full",
@@ -348,8 +352,19 @@ BROKEN = {
 }
 
 
+def test_tolerances_of_float32_are_refused_in_bfloat16():
+    words = ["--learner.dtype", "bfloat16", "--inference.dtype", "bfloat16"]
+    messages = problems(*words)
+    assert [message.partition(":")[0] for message in messages] == [
+        "trust.canary_tolerance = 0.0001",
+        "trust.sampler_ratio_tolerance = 0.0001",
+    ]
+    load_config(None, [*words, "--trust.canary_tolerance", "0.5", "--trust.sampler_ratio_tolerance", "0.5"])
+
+
 def test_quest_computes_in_float32():
-    messages = problems(*QUEST, "--learner.dtype", "bfloat16", "--inference.dtype", "bfloat16")
+    tolerances = ["--trust.canary_tolerance", "0.5", "--trust.sampler_ratio_tolerance", "0.5"]
+    messages = problems(*QUEST, *tolerances, "--learner.dtype", "bfloat16", "--inference.dtype", "bfloat16")
     assert [message.partition(":")[0] for message in messages] == [
         "learner.dtype = bfloat16",
         "inference.dtype = bfloat16",

@@ -18,6 +18,7 @@ from vlarl_ray.models import ActionNormalizer, load_model, new_policy
 from vlarl_ray.models.official import is_official, read_official
 from vlarl_ray.models.policy_export import export_policy
 from vlarl_ray.models.policy_import import import_policy
+from vlarl_ray.models.tokenizer import PromptTokenizer
 from vlarl_ray.warm_start import check_policy
 
 MASKED = ActionNormalizer((-1.0, -2.0, -3.0), (1.0, 2.0, 3.0), (True, True, False))
@@ -112,7 +113,9 @@ def test_a_checkpoint_for_another_robot_is_refused_before_anything_is_simulated(
     model = openvla()
     model.save(tmp_path / "policy")
     folder = export_policy(tmp_path / "policy", tmp_path / "official")
-    cfg = replace(toy_config(tmp_path / "run"), model=replace(ModelConfig(), value_hidden_sizes=(8,)))
+    cfg = replace(
+        toy_config(tmp_path / "run"), model=replace(ModelConfig(), max_prompt_tokens=14, value_hidden_sizes=(8,))
+    )
     with pytest.raises(ConfigError, match=r"model\.action_dim = 3: the simulators of toy have 2"):
         run_evaluate(cfg, str(folder))
     assert not (tmp_path / "run").exists()
@@ -142,6 +145,17 @@ def test_a_policy_for_two_cameras_is_refused_where_there_is_one(tmp_path):
             check_policy(replace(cfg, model=model), tmp_path / name)
     with pytest.raises(ConfigError, match=r"env\.camera names 1 camera"):
         run_evaluate(cfg, str(tmp_path / "policy"))
+
+
+def test_an_instruction_that_makes_too_long_a_prompt_is_refused_before_anything_starts(tmp_path):
+    cfg = toy_config(tmp_path / "run", policy=str(tmp_path / "policy"))
+    tokenizer = PromptTokenizer.train(["go"], vocab_size=cfg.model.text_vocab_size)
+    most = len(tokenizer.encode("go"))
+    cfg = replace(cfg, model=replace(cfg.model, max_prompt_tokens=most))
+    new_policy(cfg.model, ["go"], 0).save(tmp_path / "policy")
+    with pytest.raises(ConfigError, match=rf"'reach the cross', makes a prompt of \d+ tokens, but .*_tokens = {most};"):
+        run_training(cfg, inline=False, resume=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_published_checkpoint_is_evaluated_and_trained_from_as_it_is(tmp_path, capsys):

@@ -4,16 +4,20 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 from dataclasses import asdict
 
 import psutil
 import pytest
+import ray
 
 from tests.small_openvla import TINY, tiny
 from vlarl_ray import vllm_checks
+from vlarl_ray.cli import main
 from vlarl_ray.config import ExperimentConfig, InferenceConfig, VllmConfig
 from vlarl_ray.config_loader import ConfigError, load_config
-from vlarl_ray.doctor import check_engines
+from vlarl_ray.doctor import check_engines, check_server
+from vlarl_ray.launch import check_server_memory
 from vlarl_ray.warm_start import check_policy
 
 SERVED = ["--inference.engine", "vllm", "--model.decoding", "autoregressive"]
@@ -35,6 +39,10 @@ REFUSED = {
     "deterministic mode": (["--trust.deterministic", "true"], "rounding depends on which requests share a batch"),
     "a batch size": (["--inference.batch_size", "4"], "set inference.vllm.max_num_seqs instead"),
     "a batch window": (["--inference.batch_window_ms", "2"], "has no effect on vllm, which batches by itself"),
+    "a share of the GPU that others have": (
+        ["--cluster.gpus_per_server", "0.5"],
+        "gpu_memory_utilization = 0.9: the server reserves cluster.gpus_per_server = 0.5 of a GPU; set at most that",
+    ),
     "GPUs that are not reserved": (
         ["--inference.vllm.tensor_parallel_size", "2"],
         "needs as many GPUs; set cluster.gpus_per_server = 2 (it is 0)",
@@ -95,18 +103,54 @@ def test_a_given_policy_is_checked_with_its_own_model(tmp_path):
 
 def test_a_gpu_that_cannot_hold_a_server_is_refused_with_the_arithmetic():
     big = dataclasses.replace(TINY, hidden_size=4096, num_heads=32, num_kv_heads=32, num_layers=32, image_size=224)
-    sizes = {"weight_bytes": 15 * 2**30, "largest_values": 4096 * 32064}
+    sizes = {"weight_values": 15 * 2**29, "largest_values": 4096 * 32064}
 
     def problem(gib: int, **settings) -> str | None:
         inference = InferenceConfig(engine="vllm", dtype="bfloat16", vllm=VllmConfig(**settings))
         return vllm_checks.gpu_memory_problem(inference, big, gpu_bytes=gib * 2**30, **sizes)
 
     assert problem(24) is None
-    assert "24.0 GiB that is 12.0, but a server needs 15.0 for weights + 1.2 while it merges + 0.4 for keys" in str(
-        problem(24, gpu_memory_utilization=0.5)
-    )
+    assert (
+        "24.000 GiB that is 12.000, but a server needs 15.000 for weights + 1.223 while it merges + 0.392 for keys"
+    ) in str(problem(24, gpu_memory_utilization=0.5))
     assert problem(24, kv_cache_bytes=10 * 2**30) is not None
     assert problem(24, kv_cache_bytes=10 * 2**30, tensor_parallel_size=2) is None
+
+
+ON_GPU = ["jobs/smoke_vllm.yaml", "--cluster.gpus_per_server", "1", "--inference.vllm.gpu_memory_utilization", "0.5"]
+NEED = "0.001 for weights + 0.001 while it merges + 0.125 for keys and values = 0.127"
+
+
+def test_training_refuses_a_gpu_that_is_too_small_before_ray_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run_dir = tmp_path / "run"
+    assert main(["train", *ON_GPU, "--cluster.gpu_bytes", str(2**27), "--run-dir", str(run_dir)]) == 2
+    message = f"of a GPU of 0.125 GiB that is 0.062, but a server needs {NEED}; raise it, set inference.dtype to"
+    assert message in capsys.readouterr().err
+    assert not ray.is_initialized()
+    assert not run_dir.exists()
+
+
+def test_the_gpu_of_this_machine_counts_where_ray_starts_here_and_none_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: types.SimpleNamespace(total_memory=2**27))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cfg = load_config(ON_GPU[0], ON_GPU[1:])
+    with pytest.raises(ConfigError, match="a server needs"):
+        check_server_memory(cfg)
+    check_server_memory(load_config(ON_GPU[0], [*ON_GPU[1:], "--cluster.gpu_bytes", str(2**30)]))
+    check_server_memory(load_config(ON_GPU[0], []))  # on CPUs
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    check_server_memory(cfg)  # other machines have other GPUs
+
+
+def test_the_doctor_shows_what_a_server_needs_and_fails_where_the_gpu_lacks_it():
+    assert check_server(load_config(ON_GPU[0], [])) is None
+    assert check_server(load_config(ON_GPU[0], ON_GPU[1:])).detail == f"needs {NEED} GiB of a GPU"
+    finding = check_server(load_config(ON_GPU[0], [*ON_GPU[1:], "--cluster.gpu_bytes", str(2**27)]))
+    assert not finding.ok
+    assert finding.detail.endswith(NEED)
+    assert finding.fix.startswith("raise it")
 
 
 def test_checking_a_config_imports_no_engine():

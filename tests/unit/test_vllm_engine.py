@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -24,7 +26,7 @@ from vlarl_ray.models.lora import adapter_tensors, load_adapter_tensors
 from vlarl_ray.transport import LocalTransport
 from vlarl_ray.types import ActRequest
 from vlarl_ray.weights.canary import CanaryError, make_probe, update_digests
-from vlarl_ray.weights.merge import checksum
+from vlarl_ray.weights.merge import checksum, read_update
 from vlarl_ray.weights.publisher import WeightPublisher
 
 pytest.importorskip("vllm")
@@ -253,6 +255,16 @@ def test_requests_in_flight_are_answered_by_one_version_and_none_is_lost(engine,
 
 def _adapters(learner):
     return {name: (a.clone(), b.clone()) for name, (a, b) in adapter_tensors(learner.model).items()}
+
+
+def test_an_update_on_its_way_to_the_workers_is_in_no_folder(learner):
+    from vlarl_ray.inference.vllm_engine import nameless_file
+
+    update = learner.weight_update(60)
+    with nameless_file(update) as file:
+        assert os.fstat(file.fileno()).st_nlink == 0
+        read = read_update(Path(f"/proc/{os.getpid()}/fd/{file.fileno()}"))
+    assert update_digests(read) == update_digests(update)
 
 
 def test_a_request_for_other_weights_is_refused(engine, learner, publisher):

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import itertools
 import logging
+import os
 import tempfile
 import threading
 import time
@@ -18,7 +19,7 @@ from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -91,8 +92,8 @@ class VllmEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
-        self._scratch = tempfile.TemporaryDirectory(prefix="vlarl-vllm-", dir=shared_memory())
-        self._update_path = Path(self._scratch.name) / "update.safetensors"
+        self._update_file: BinaryIO | None = None
+        """Of the update loaded last."""
         try:
             self._engine: Any = self._run(self._start(worker_class))
         except BaseException:
@@ -148,11 +149,12 @@ class VllmEngine:
             engine.shutdown = lambda: None  # vLLM's finaliser calls it again as the interpreter ends, where it fails
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=_SHUTDOWN_S)
-        self._scratch.cleanup()
+        self._forget_update()
 
     async def _start(self, worker_class: str) -> Any:
         self._gate = Gate()
-        engine = start_engine(self._policy_dir, self._cfg, Path(self._scratch.name), self._device, worker_class)
+        with tempfile.TemporaryDirectory(prefix="vlarl-vllm-") as folder:  # vLLM reads it as it starts, not later
+            engine = start_engine(self._policy_dir, self._cfg, Path(folder), self._device, worker_class)
         self._cpu = CpuMeter()
         return engine
 
@@ -185,7 +187,8 @@ class VllmEngine:
         async with self._gate.closed():
             self.version = None  # a load that fails half-way must not answer
             served_names(update, self._pristine)  # refuses what the model lacks, before anything changes
-            await asyncio.to_thread(write_update, update, self._update_path)
+            self._forget_update()
+            self._update_file = await asyncio.to_thread(nameless_file, update)
             with _lost_engines_named():
                 reports = await self._replace_weights(update.version)
             for rank, report in enumerate(reports[1:], start=1):
@@ -217,7 +220,13 @@ class VllmEngine:
 
     async def _ask_workers(self, method: str) -> list[Any]:
         """Call a method of `UpdateLoading` in every worker, on the update loaded last."""
-        return await self._engine.collective_rpc(method, args=(str(self._update_path), str(self._policy_dir)))
+        assert self._update_file is not None
+        path = f"/proc/{os.getpid()}/fd/{self._update_file.fileno()}"
+        return await self._engine.collective_rpc(method, args=(path, str(self._policy_dir)))
+
+    def _forget_update(self) -> None:
+        if self._update_file is not None:
+            self._update_file.close()
 
     async def _diagnose(self, request: ActRequest, tokens: np.ndarray, expected: np.ndarray, tolerance: float) -> str:
         async def agrees() -> bool:
@@ -325,6 +334,14 @@ def request_seed(noise_key: np.ndarray) -> int:
     """Turn the noise key of a decision, see `TaskSpec.noise_key`, into the 63-bit seed of a vLLM request."""
     digest = hashlib.blake2b(np.ascontiguousarray(noise_key, "<u8").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def nameless_file(update: WeightUpdate) -> BinaryIO:
+    """Write an update to a file in memory that has no name, so that nothing stays behind if this process is killed."""
+    with tempfile.TemporaryDirectory(prefix="vlarl-vllm-", dir=shared_memory()) as folder:
+        path = Path(folder) / "update.safetensors"
+        write_update(update, path)
+        return path.open("rb")
 
 
 def _content(frame: np.ndarray) -> str:

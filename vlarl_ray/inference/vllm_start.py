@@ -11,7 +11,7 @@ import torch
 from vlarl_ray.config import InferenceConfig, ModelConfig
 from vlarl_ray.inference.vllm_folder import link_policy
 from vlarl_ray.models.heads import HEADS
-from vlarl_ray.models.policy import DTYPES, describe_policy, policy_weights
+from vlarl_ray.models.policy import describe_policy, policy_weights
 from vlarl_ray.vllm_checks import VLLM_CPU_CACHE_BYTES, gpu_memory_problem, needed_len
 
 _ENVIRONMENT = {
@@ -39,7 +39,7 @@ def start_engine(policy_dir: Path, cfg: InferenceConfig, scratch: Path, device: 
     Args:
         policy_dir: Policy folder of an OpenVLA policy with autoregressive decoding.
         cfg: Precision, threads, and the engine's own settings.
-        scratch: Folder that lives as long as the engine.
+        scratch: Empty folder that is there until this returns.
         device: `cpu` or `cuda`.
         worker_class: What is mixed into vLLM's workers.
 
@@ -107,7 +107,7 @@ def _check_gpu(policy_dir: Path, cfg: InferenceConfig, model: ModelConfig) -> No
     problem = gpu_memory_problem(
         cfg,
         model,
-        weight_bytes=sum(served) * DTYPES[cfg.dtype].itemsize,
+        weight_values=sum(served),
         largest_values=max(served),
         gpu_bytes=torch.cuda.get_device_properties(0).total_memory,
     )

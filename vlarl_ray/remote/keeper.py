@@ -61,8 +61,21 @@ class ServerKeeper:
         self.restarts = 0
         """Servers lost so far."""
 
-    def check(self) -> None:
+    def wait_for_start(self) -> None:
+        """Wait until every server has started, which takes longer than any answer later.
+
+        Raises:
+            RuntimeError: If one does not start.
+        """
+        with self._lock:
+            for index, watched in enumerate(self._watched):
+                self._wait_for_start(watched, index)
+
+    def check(self) -> bool:
         """Take the answers that are there, send the next questions, and mend what is broken.
+
+        Returns:
+            Whether no server is known to be away: while one is, whoever needs it has reason to wait.
 
         Raises:
             RuntimeError: If a server does not come back.
@@ -71,6 +84,7 @@ class ServerKeeper:
             for index, watched in enumerate(self._watched):
                 if self._take_answer(watched, index) is None and not watched.is_starting and self.republish:
                     self.republish(index)
+            return not any(watched.is_starting for watched in self._watched)
 
     def revive(self, index: int) -> None:
         """Wait until a server that failed answers again; it has no weights then.
@@ -80,11 +94,15 @@ class ServerKeeper:
         """
         with self._lock:
             watched = self._watched[index]
-            self._lose(watched, index, "failed while it loaded weights")
-            ray.kill(watched.server, no_restart=False)
-            while watched.is_starting:
-                time.sleep(_POLL_S)
-                self._take_answer(watched, index)
+            if not watched.is_starting:  # else its loss is known, and its successor is on its way
+                self._lose(watched, index, "failed in a publication")
+                ray.kill(watched.server, no_restart=False)
+            self._wait_for_start(watched, index)
+
+    def _wait_for_start(self, watched: _Watched, index: int) -> None:
+        while watched.is_starting:
+            self._take_answer(watched, index)
+            time.sleep(_POLL_S if watched.is_starting else 0.0)
 
     def _take_answer(self, watched: _Watched, index: int) -> int | None:
         """Return the version a server answers with; -1 where there is no news of it."""
@@ -102,6 +120,8 @@ class ServerKeeper:
         try:
             version: Any = ray.get(answer)
         except RayActorError as error:
+            if error.actor_init_failed:  # Ray does not start it again, and it would fail again
+                raise RuntimeError(f"inference server {index} cannot start: {error}") from error
             if not watched.is_starting:
                 self._lose(watched, index, f"died ({type(error).__name__})")
             self._check_start(watched, index, waited)

@@ -37,7 +37,8 @@ class RayPool:
             driver.
         deadline_s: A worker that has episodes and returns none for this long counts as hung: it is killed (Ray
             restarts it) and all its episodes come back as failures, to be redone.
-        check_servers: Called now and then while waiting: workers without a server return nothing.
+        check_servers: Called now and then while waiting; says whether the servers are there. While one is not, the
+            clock of `deadline_s` stands still, as workers without a server return nothing.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class RayPool:
         *,
         seats_per_worker: int,
         deadline_s: float,
-        check_servers: Callable[[], None] | None = None,
+        check_servers: Callable[[], bool] | None = None,
     ) -> None:
         self._workers = list(workers)
         self._check_servers = check_servers
@@ -69,12 +70,14 @@ class RayPool:
 
     def collect(self) -> list[Trajectory | EpisodeFailure]:
         """Wait for the next result, or the next deadline."""
-        oldest = min(self._last_sign[running.worker] for running in self._running.values())
         ready: list[Any] = []
         while not ready:
             if self._check_servers and time.monotonic() > self._checked + _CHECK_S:
-                self._check_servers()
+                are_there = self._check_servers()
                 self._checked = time.monotonic()
+                if not are_there:
+                    self._last_sign = [self._checked] * len(self._workers)
+            oldest = min(self._last_sign[running.worker] for running in self._running.values())
             left = max(0.0, oldest + self._deadline_s - time.monotonic())
             ready, _ = ray.wait(list(self._running), num_returns=1, timeout=min(left, _CHECK_S))
             if not ready and left == 0.0:

@@ -51,6 +51,7 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
 
     Raises:
         ClusterTooSmallError: If there is no room; nothing is left running.
+        RuntimeError: If an actor does not start.
     """
     places = reserve(cfg)
     cluster = cfg.cluster
@@ -96,6 +97,7 @@ def build_remote(cfg: ExperimentConfig, policy_dir: str) -> RemoteSystem:
     [address] = transport.get([ranks[0].pick_address.remote()], timeout_s=wait_s, what="starting learner rank 0")
     transport.get([rank.start.remote(address) for rank in ranks], timeout_s=wait_s, what="starting the learner group")
     keeper = ServerKeeper(servers, deadline_s=cfg.inference.deadline_s, start_deadline_s=wait_s)
+    keeper.wait_for_start()
     pool = RayPool(
         workers,
         seats_per_worker=cfg.rollout.envs_per_worker,

@@ -112,7 +112,7 @@ def compare_probe(
         server: The server's.
         previous: The learner's at the version before; None at the first publication.
         tolerance: Largest accepted difference, nats.
-        noise: Difference seen between learner and server when their weights are known to be equal, nats.
+        noise: Largest difference seen between learner and servers when they held equal weights, nats.
         where: Which server, for the message.
         version: This version.
 

@@ -20,6 +20,10 @@ from vlarl_ray.weights.update import LoadReport
 
 _LOG = logging.getLogger(__name__)
 
+_LOADING, _SCORING = "loading weights", "scoring the probe batch"
+_LOST = (RuntimeError, TimeoutError)
+"""What a server that is gone or hangs looks like; a `CanaryError`, too, which none is."""
+
 
 @runtime_checkable
 class PublishesWeights(Protocol):
@@ -60,7 +64,7 @@ class WeightPublisher:
         probe: Batch for the comparison.
         tolerance: Largest accepted log-probability difference, nats.
         deadline_s: Longest wait for a server.
-        keeper: Brings back a server that dies or hangs while it loads; None gives up.
+        keeper: Brings back a server that dies or hangs while it loads or scores; None gives up.
     """
 
     def __init__(
@@ -120,10 +124,9 @@ class WeightPublisher:
         try:
             version, reference, _ = self._published
             self._finish_load(index, self._transport.call(self._servers[index], "load", reference))
-            request = replace(self._probe.request, policy_version=version)
-            scored = self._transport.call(self._servers[index], "logprobs", request, self._probe.tokens)
-            [answer] = self._transport.get([scored], timeout_s=self._deadline_s, what="scoring the probe batch")
+            answer = self._finish_probe(index, self._ask_probe(index))
             assert self._previous is not None  # of this version, as its publication was completed
+            request = self._request(version)
             self._compare(index, request, answer, self._previous, None, where=f"server {index}, restarted")
         finally:
             self._lock.release()
@@ -132,17 +135,11 @@ class WeightPublisher:
         """Wait for a server's report and check it; a server that was lost meanwhile gets the update once more."""
         assert self._published is not None
         version, reference, digests = self._published
-        what = "loading weights"
         try:
-            [report] = self._transport.get([handle], timeout_s=self._deadline_s, what=what)
-        except CanaryError:
-            raise
-        except (RuntimeError, TimeoutError):
-            if self._keeper is None:
-                raise
-            self._keeper.revive(index)
-            again = self._transport.call(self._servers[index], "load", reference)
-            [report] = self._transport.get([again], timeout_s=self._deadline_s, what=what)
+            report = self._get(handle, _LOADING)
+        except _LOST as error:
+            self._revive(index, error)
+            report = self._get(self._transport.call(self._servers[index], "load", reference), _LOADING)
         compare_digests(digests, report.digests, where=f"server {index}", version=version)
         if report.checksums:
             if report.dtype not in self._expected:
@@ -151,17 +148,43 @@ class WeightPublisher:
             compare_digests(self._expected[report.dtype], report.checksums, where=where, version=version)
         return report
 
+    def _ask_probe(self, index: int) -> Any:
+        assert self._published is not None
+        request = self._request(self._published[0])
+        return self._transport.call(self._servers[index], "logprobs", request, self._probe.tokens)
+
+    def _request(self, version: int) -> ActRequest:
+        return replace(self._probe.request, policy_version=version)
+
+    def _finish_probe(self, index: int, handle: Any) -> np.ndarray:
+        """Wait for a server's scores; a server that was lost meanwhile gets update and probe once more."""
+        assert self._published is not None
+        try:
+            return self._get(handle, _SCORING)
+        except _LOST as error:
+            self._revive(index, error)
+            self._finish_load(index, self._transport.call(self._servers[index], "load", self._published[1]))
+            return self._get(self._ask_probe(index), _SCORING)
+
+    def _get(self, handle: Any, what: str) -> Any:
+        [answer] = self._transport.get([handle], timeout_s=self._deadline_s, what=what)
+        return answer
+
+    def _revive(self, index: int, error: Exception) -> None:
+        if self._keeper is None or isinstance(error, CanaryError):
+            raise error
+        self._keeper.revive(index)
+
     def _compare_probe(self, version: int) -> float:
-        request = replace(self._probe.request, policy_version=version)
-        scored = [self._transport.call(server, "logprobs", request, self._probe.tokens) for server in self._servers]
+        scored = [self._ask_probe(index) for index in range(len(self._servers))]
+        request = self._request(version)
         expected = self._learner.logprobs(request, self._probe.tokens)
-        answers = self._transport.get(scored, timeout_s=self._deadline_s, what="scoring the probe batch")
+        answers = [self._finish_probe(index, handle) for index, handle in enumerate(scored)]
         gaps = [
             self._compare(index, request, answer, expected, self._previous, where=f"server {index}")
             for index, answer in enumerate(answers)
         ]
-        if self._previous is None:
-            self._noise = max(gaps)
+        self._noise = max(self._noise, *gaps)
         self._previous = expected
         return max(gaps)
 
