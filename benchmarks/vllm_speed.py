@@ -1,10 +1,13 @@
 """CPU time per decision: the vLLM engine, vLLM's own `LLM.generate` on the same requests, and the PyTorch engine.
 
+The vLLM engine comes with its adapters merged, and with native LoRA: vLLM applies the same ones (rank 32, all linear
+layers of the language model) itself. Of both, the CPU time of a publication's loading is given, too.
+
 Each runs in a process of its own and they take turns, so that a busy machine is busy for all of them. CPU time is that
 of a case's process and its children. `LLM.generate` comes twice: as vLLM starts it by itself (its engine in a second
 process), and with all of it in one process, which the engine, whose server must answer while it decodes, cannot be.
 
-Usage: python -m benchmarks.vllm_speed [--rounds 15] [--rows 32] [--no-save]
+Usage: python -m benchmarks.vllm_speed [--rounds 15] [--rows 32] [--cases NAME ...] [--no-save]
 """
 
 from __future__ import annotations
@@ -15,23 +18,28 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
 import torch
 
 from benchmarks._results import write_result
-from vlarl_ray.config import InferenceConfig, ModelConfig
+from vlarl_ray.config import InferenceConfig, LoraConfig, ModelConfig, VllmConfig
 from vlarl_ray.inference.torch_server import TorchEngine
 from vlarl_ray.models import new_policy
 from vlarl_ray.types import ActRequest
+from vlarl_ray.vllm_checks import adapted_linears
 from vlarl_ray.weights.update import WeightUpdate
 
 INSTRUCTIONS = ("close the drawer", "open the window", "press the button from above")
 MODEL = ModelConfig(decoding="autoregressive")
+LORA = LoraConfig(rank=32, target_modules="language_model.*")
+MERGED, NATIVE = "vllm engine", "vllm engine, native LoRA"
 BASELINES = ("LLM.generate", "LLM.generate, one process")
 
 
@@ -48,21 +56,43 @@ def request_of(rows: int, seed: int) -> ActRequest:
     )
 
 
-def vllm_engine(folder: Path) -> Callable[[ActRequest], object]:
+def random_update(seed: int) -> WeightUpdate:
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32) * 0.02
+
+    sizes = adapted_linears(LORA, MODEL).items()
+    adapters = {
+        f"{name}.weight": (draw(LORA.rank, fan_in), draw(fan_out, LORA.rank)) for name, (fan_in, fan_out) in sizes
+    }
+    return WeightUpdate(1, LORA.alpha / LORA.rank, adapters, {})
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    sample: Callable[[ActRequest], object]
+    load: Callable[[WeightUpdate], object] | None = None
+
+
+def vllm_engine(folder: Path, lora: Literal["merged", "native"]) -> Case:
     from vlarl_ray.inference.vllm_engine import VllmEngine
 
-    engine = VllmEngine(folder, InferenceConfig(engine="vllm"), deterministic=False)
-    engine.load(WeightUpdate(1, 1.0, {}, {}))
-    return engine.sample
+    cfg = InferenceConfig(engine="vllm", vllm=VllmConfig(lora=lora))
+    engine = VllmEngine(folder, cfg, deterministic=False, lora=LORA)
+    engine.load(random_update(0))
+    return Case(engine.sample, engine.load)
 
 
-def torch_engine(folder: Path) -> Callable[[ActRequest], object]:
+def torch_engine(folder: Path) -> Case:
     engine = TorchEngine(folder, InferenceConfig(batch_size=32), deterministic=False)
-    engine.load(WeightUpdate(1, 1.0, {}, {}))
-    return engine.sample
+    engine.load(random_update(0))
+    return Case(engine.sample, engine.load)
 
 
-def bare_vllm(folder: Path, *, processes: str) -> Callable[[ActRequest], object]:
+def bare_vllm(folder: Path, *, processes: str) -> Case:
     """What a user without this package would write, under the settings of the engine."""
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": processes,
@@ -124,7 +154,7 @@ def bare_vllm(folder: Path, *, processes: str) -> Callable[[ActRequest], object]
         ]
         return llm.generate(prompts, parameters, use_tqdm=False)
 
-    return generate
+    return Case(generate)
 
 
 def cpu_seconds() -> float:
@@ -133,8 +163,9 @@ def cpu_seconds() -> float:
     return sum(t.user + t.system for t in times)
 
 
-CASES: dict[str, Callable[[Path], Callable[[ActRequest], object]]] = {
-    "vllm engine": vllm_engine,
+CASES: dict[str, Callable[[Path], Case]] = {
+    MERGED: lambda folder: vllm_engine(folder, "merged"),
+    NATIVE: lambda folder: vllm_engine(folder, "native"),
     BASELINES[0]: lambda folder: bare_vllm(folder, processes="1"),
     BASELINES[1]: lambda folder: bare_vllm(folder, processes="0"),
     "torch engine": torch_engine,
@@ -142,58 +173,83 @@ CASES: dict[str, Callable[[Path], Callable[[ActRequest], object]]] = {
 
 
 def serve(name: str, folder: Path, pipe: Connection) -> None:
-    """Run in a case's own process: one batch whenever a seed comes, answered with CPU and wall seconds."""
+    """Run in a case's own process: a batch or a publication whenever a task comes, answered with CPU and wall seconds.
+
+    A task is a number of rows, 0 for a publication, and a seed.
+    """
     torch.set_num_threads(1)
-    work = CASES[name](folder)
-    pipe.send(None)
+    case = CASES[name](folder)
+    pipe.send(case.load is not None)
     while (task := pipe.recv()) is not None:
-        request = request_of(*task)
+        rows, seed = task
+        request, update = request_of(max(rows, 1), seed), random_update(seed)
         cpu, wall = cpu_seconds(), time.perf_counter()
-        work(request)
+        if rows:
+            case.sample(request)
+        elif case.load is not None:
+            case.load(update)
         pipe.send((cpu_seconds() - cpu, time.perf_counter() - wall))
     os._exit(0)  # vLLM's finalisers take seconds and say nothing of use
 
 
-def measure(folder: Path, rows: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """CPU and wall seconds of every round, by case; the first two rounds warm up and are left out."""
+Taken = dict[str, list[tuple[float, float]]]
+"""CPU and wall seconds of every round, by case."""
+
+
+def measure(folder: Path, cases: Sequence[str], rows: int, rounds: int) -> tuple[Taken, Taken]:
+    """Time batches and loadings; the first two rounds warm up and are left out."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
-    for name in CASES:
+    taken: Taken = {}
+    loaded: Taken = {}
+    for name in cases:
         pipes[name], theirs = context.Pipe()
         context.Process(target=serve, args=(name, folder, theirs)).start()
-        pipes[name].recv()
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
+        taken[name] = []
+        if pipes[name].recv():
+            loaded[name] = []
     for turn in range(rounds + 2):
-        for name, pipe in pipes.items():
-            pipe.send((rows, turn))
-            taken[name].append(pipe.recv())
+        for num_rows, times in ((rows, taken), (0, loaded)):
+            for name in times:
+                pipes[name].send((num_rows, turn))
+                times[name].append(pipes[name].recv())
     for pipe in pipes.values():
         pipe.send(None)
-    return {name: rows[2:] for name, rows in taken.items()}
+    return {name: times[2:] for name, times in taken.items()}, {name: times[2:] for name, times in loaded.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "policy"
         new_policy(MODEL, INSTRUCTIONS, 0).save(folder)
         start_load = os.getloadavg()[0]
-        taken = measure(folder, args.rows, args.rounds)
+        taken, loaded = measure(folder, args.cases, args.rows, args.rounds)
     figures: dict[str, object] = {"rows": args.rows, "rounds": args.rounds, "load_1min": round(start_load, 2)}
     for name, rounds in taken.items():
         cpu, wall = (1e3 * statistics.median(values) / args.rows for values in zip(*rounds, strict=True))
         figures[name] = {"cpu_ms_per_decision": round(cpu, 3), "wall_ms_per_decision": round(wall, 3)}
-    for baseline in BASELINES:
-        ours, other = (sum(cpu for cpu, _ in taken[name]) for name in ("vllm engine", baseline))
-        figures[f"cpu of vllm engine / {baseline}"] = round(ours / other, 3)
+        if name in loaded:
+            cpu, wall = (1e3 * statistics.median(values) for values in zip(*loaded[name], strict=True))
+            figures[name] |= {"cpu_ms_of_loading": round(cpu, 1), "wall_ms_of_loading": round(wall, 1)}
+    for other, base in ((MERGED, BASELINES[0]), (MERGED, BASELINES[1]), (NATIVE, MERGED)):
+        if {other, base} <= taken.keys():
+            figures[f"cpu of {other} / {base}"] = round(cpu_ratio(taken, other, base), 3)
+    if {NATIVE, MERGED} <= loaded.keys():
+        figures[f"cpu of loading, {NATIVE} / {MERGED}"] = round(cpu_ratio(loaded, NATIVE, MERGED), 3)
     for name, figure in figures.items():
         print(f"{name:44} {figure}")
     if not args.no_save:
         print(write_result("vllm_speed", figures))
+
+
+def cpu_ratio(taken: Taken, other: str, base: str) -> float:
+    return sum(cpu for cpu, _ in taken[other]) / sum(cpu for cpu, _ in taken[base])
 
 
 if __name__ == "__main__":

@@ -425,6 +425,8 @@ class VllmConfig:
     """Run without compiling and CUDA graphs: a start of seconds rather than minutes, at slower decoding on GPUs."""
     enable_prefix_caching: bool = False
     """Reuse keys and values of equal beginnings; frames come first in a prompt and hardly ever repeat."""
+    lora: Literal["merged", "native"] = "merged"
+    """Adapters: merged into the weights, or applied by vLLM beside them (slower tokens, on CPUs by far; no towers)."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

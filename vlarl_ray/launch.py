@@ -330,9 +330,8 @@ def _ray_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack) ->
 def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack, *, evaluates_only: bool) -> Processes:
     import torch
 
-    from vlarl_ray.inference.base import DirectClient
+    from vlarl_ray.inference.base import DirectClient, make_engine
     from vlarl_ray.learner.build import build_learner
-    from vlarl_ray.registry import ENGINES, resolve
     from vlarl_ray.rollout.env_worker import EnvWorker
 
     torch.set_num_threads(cfg.learner.num_threads)
@@ -340,8 +339,7 @@ def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack,
         _LOG.info(
             "--inline: one learner rank instead of %d; the update is the same up to rounding", cfg.learner.num_ranks
         )
-    engine_class = resolve(ENGINES, cfg.inference.engine, what="inference.engine")
-    engine = engine_class(str(policy_dir), cfg.inference, deterministic=cfg.trust.deterministic)
+    engine = make_engine(cfg, policy_dir)
     stack.callback(engine.close)
     num_envs = cfg.rollout.num_workers * cfg.rollout.envs_per_worker
     worker = EnvWorker(make_suite(cfg.env).make_env, DirectClient(engine), num_envs=num_envs)

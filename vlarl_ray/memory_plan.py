@@ -26,7 +26,13 @@ from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.lora import adapter_dropout, attach_lora
 from vlarl_ray.models.policy import DTYPES
 from vlarl_ray.registry import ALGORITHMS, MODELS, resolve
-from vlarl_ray.vllm_checks import VLLM_CPU_CACHE_BYTES, gpu_memory_problem, gpu_need
+from vlarl_ray.vllm_checks import (
+    VLLM_CPU_CACHE_BYTES,
+    adapter_copies_bytes,
+    adapter_slot_bytes,
+    gpu_memory_problem,
+    gpu_need,
+)
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -91,11 +97,12 @@ def vllm_need(cfg: ExperimentConfig, *, gpu_bytes: int | None) -> tuple[str, str
         gpu_bytes: Memory of one GPU; None where it is unknown, and nothing is compared.
     """
     served = [p.numel() for name, p in _empty_model(cfg.model).named_parameters() if not name.startswith(HEADS)]
+    lora = cfg.learner.lora if cfg.inference.vllm.lora == "native" else None
     sizes = {"weight_values": sum(served), "largest_values": max(served)}
-    _, sum_of_parts = gpu_need(cfg.inference, cfg.model, **sizes)
+    _, sum_of_parts = gpu_need(cfg.inference, cfg.model, lora=lora, **sizes)
     if gpu_bytes is None:
         return sum_of_parts, None
-    return sum_of_parts, gpu_memory_problem(cfg.inference, cfg.model, gpu_bytes=gpu_bytes, **sizes)
+    return sum_of_parts, gpu_memory_problem(cfg.inference, cfg.model, gpu_bytes=gpu_bytes, lora=lora, **sizes)
 
 
 def _plan_rank(cfg: ExperimentConfig, proprio_dim: int, *, is_sharded: bool) -> Iterator[MemoryPart]:
@@ -137,14 +144,19 @@ def _plan_server(cfg: ExperimentConfig, proprio_dim: int) -> Iterator[MemoryPart
     with torch.no_grad(), _flash_attention(), LiveBytes(known=(*parameters, *model.buffers())) as live:
         model.sample(inputs, temperature=temperature, noise=noise)
     cache = model.key_value_bytes(rows)
+    on_gpu = inference.device == "cuda" or cfg.cluster.gpus_per_server
     if is_vllm:  # it reserves a pool at the start
-        on_gpu = inference.device == "cuda" or cfg.cluster.gpus_per_server
         pool = inference.vllm.kv_cache_bytes or (cache if on_gpu else VLLM_CPU_CACHE_BYTES)
         yield MemoryPart(process, "keys and values", pool)
     else:
         yield MemoryPart(process, "keys and values", cache)
     yield MemoryPart(process, "sampling", live.peak - cache)
-    if is_vllm:  # while it merges: a tensor in fp32, its change, and the rounded result
+    if is_vllm and inference.vllm.lora == "native":
+        sizes = (inference, cfg.learner.lora, cfg.model)
+        yield MemoryPart(process, "adapters", adapter_slot_bytes(*sizes))
+        if not on_gpu:
+            yield MemoryPart(process, "applying adapters", adapter_copies_bytes(*sizes))
+    elif is_vllm:  # while it merges: a tensor in fp32, its change, and the rounded result
         largest = max(p.numel() for p in parameters)
         yield MemoryPart(process, "merging", largest * (8 + _BYTES[inference.dtype]))
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from vlarl_ray.config import ExperimentConfig, InferenceConfig, LearnerConfig, LoraConfig, VllmConfig
 from vlarl_ray.inference.base import (
     ConcurrentServer,
     DirectClient,
@@ -17,6 +18,7 @@ from vlarl_ray.inference.base import (
     InferenceServer,
     NoWeightsError,
     WrongVersionError,
+    make_engine,
     make_server,
     merge_requests,
     split_reply,
@@ -236,3 +238,18 @@ def test_an_engine_that_batches_by_itself_gets_requests_as_they_come():
     assert server.logprobs(make_request(0, 2), np.zeros((2, 1), np.int32)).result(10).shape == (2, 1)
     server.close()
     assert isinstance(make_server(SlowEngine(), batch_size=8, batch_window_ms=0.0), InferenceServer)
+
+
+class Told:
+    """An engine that keeps what it was told."""
+
+    def __init__(self, policy_dir, cfg, **options) -> None:
+        self.said = (policy_dir, cfg, options)
+
+
+@pytest.mark.parametrize("lora", ["merged", "native"])
+def test_an_engine_that_applies_adapters_itself_is_told_what_they_are(lora):
+    inference = InferenceConfig(engine=f"{__name__}:Told", vllm=VllmConfig(lora=lora))
+    cfg = ExperimentConfig(inference=inference, learner=LearnerConfig(lora=LoraConfig(rank=7)))
+    options = {"deterministic": False, "device": "cuda"} | ({"lora": cfg.learner.lora} if lora == "native" else {})
+    assert make_engine(cfg, "folder", device="cuda").said == ("folder", inference, options)

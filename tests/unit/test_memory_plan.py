@@ -49,6 +49,17 @@ def test_vllm_reserves_its_pool_and_merges_one_tensor_at_a_time():
     assert parts(max_num_seqs=8)["sampling"] < parts(max_num_seqs=64)["sampling"]
 
 
+def test_vllm_makes_room_for_the_adapters_that_it_applies():
+    overrides = ["--model.decoding", "autoregressive", "--learner.lora.target_modules", ".*down_proj"]
+    cfg = load_config("jobs/smoke.yaml", overrides)
+    inference = InferenceConfig(engine="vllm", vllm=VllmConfig(lora="native", max_num_seqs=4, max_model_len=100))
+    parts = {part.name: part.num_bytes for part in plan_memory(replace(cfg, inference=inference)).parts}
+    layers, hidden, inner, vocabulary, rank = cfg.model.num_layers, 64, 128, 768, 8  # the least above 4
+    assert parts["adapters"] == (layers * (inner + hidden) + hidden + vocabulary) * rank * 4
+    assert parts["applying adapters"] == 4 * 100 * inner * rank * 4
+    assert "merging" not in parts
+
+
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_a_skill_policy_is_planned_for_with_its_cameras_and_frozen_modules(train):
     small = ["--inference.batch_size", "5", "--learner.micro_batch_size", "4"]

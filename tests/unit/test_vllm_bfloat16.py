@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.small_openvla import INSTRUCTIONS, tiny
-from tests.unit.test_vllm_engine import SCALE, SIDE, make_request
+from tests.vllm_serving import SCALE, SIDE, make_request
 from vlarl_ray.config import AlgorithmConfig, ExperimentConfig, InferenceConfig, LearnerConfig, LoraConfig, VllmConfig
 from vlarl_ray.learner.build import build_learner
 from vlarl_ray.learner.group import LearnerGroup

@@ -10,17 +10,23 @@ from dataclasses import asdict
 import psutil
 import pytest
 import ray
+import torch
+from torch import nn
 
 from tests.small_openvla import TINY, tiny
 from vlarl_ray import vllm_checks
 from vlarl_ray.cli import main
-from vlarl_ray.config import ExperimentConfig, InferenceConfig, VllmConfig
+from vlarl_ray.config import ExperimentConfig, InferenceConfig, LoraConfig, TowerConfig, VllmConfig
 from vlarl_ray.config_loader import ConfigError, load_config
 from vlarl_ray.doctor import check_engines, check_server
 from vlarl_ray.launch import check_server_memory
+from vlarl_ray.models.lora import attach_lora, lora_layers
+from vlarl_ray.models.openvla import OpenVLA
 from vlarl_ray.warm_start import check_policy
 
 SERVED = ["--inference.engine", "vllm", "--model.decoding", "autoregressive"]
+NATIVE = ["--inference.vllm.lora", "native"]
+LANGUAGE = ["--learner.lora.target_modules", "language_model.*"]
 LENGTH = "13 prompt tokens (model.max_prompt_tokens) + 1 x 64 patches + 5 x 4 action tokens = 97"
 
 REFUSED = {
@@ -46,6 +52,32 @@ REFUSED = {
     "GPUs that are not reserved": (
         ["--inference.vllm.tensor_parallel_size", "2"],
         "needs as many GPUs; set cluster.gpus_per_server = 2 (it is 0)",
+    ),
+    "adapters on the towers, applied by vLLM": (
+        NATIVE,
+        "learner.lora.target_modules = 'all-linear' adapts 19 layers of projector and vision_backbone, such as "
+        "vision_backbone.featurizer.blocks.0.attn.qkv and projector.fc3; set learner.lora.target_modules to "
+        "'language_model.*', or inference.vllm.lora to merged",
+    ),
+    "adapters on a part of a tower": (
+        [*NATIVE, "--learner.lora.target_modules", ".*(q_proj|fused_featurizer.*fc1)"],
+        "adapts 2 layers of vision_backbone, such as vision_backbone.fused_featurizer.blocks.0.mlp.fc1 and",
+    ),
+    "full training with adapters applied by vLLM": (
+        [*NATIVE, "--learner.train", "full"],
+        "learner.train = full changes every weight, and has no adapters; set merged, or learner.train = lora",
+    ),
+    "adapters of a higher rank than vLLM's": (
+        [*NATIVE, *LANGUAGE, "--learner.lora.rank", "513"],
+        "native with learner.lora.rank = 513: vLLM applies adapters of rank 512 at most; set merged, or a lower rank",
+    ),
+    "adapters in parts": (
+        [*NATIVE, *LANGUAGE, "--inference.vllm.tensor_parallel_size", "2", "--cluster.gpus_per_server", "2"],
+        "native with inference.vllm.tensor_parallel_size = 2: each GPU would hold other parts",
+    ),
+    "layers by a broken expression": (
+        [*NATIVE, "--learner.lora.target_modules", "(q"],
+        "is no regular expression",
     ),
 }
 
@@ -74,6 +106,40 @@ def test_what_vllm_cannot_serve_is_refused_by_one_precise_message(case):
     assert message.endswith(".")
 
 
+def test_adapters_of_the_language_model_may_be_applied_by_vllm():
+    for lm_head in ("true", "false"):
+        cfg = load_config(None, [*SERVED, *NATIVE, *LANGUAGE, "--learner.lora.include_lm_head", lm_head])
+        assert cfg.inference.vllm.lora == "native"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        TINY,
+        dataclasses.replace(TINY, dino=TowerConfig(dim=24, depth=4, num_heads=2, mlp_dim=40), num_layers=3),
+        dataclasses.replace(TINY, official_unused=True, pad_to_multiple_of=100),
+    ],
+)
+@pytest.mark.parametrize(
+    "target", ["all-linear", "language_model.*", r".*(q_proj|lm_head|blocks\.0\..*)", "projector.*"]
+)
+@pytest.mark.parametrize("include_lm_head", [True, False])
+def test_the_adapted_layers_are_those_that_the_learner_adapts(model, target, include_lm_head):
+    lora = LoraConfig(rank=2, target_modules=target, include_lm_head=include_lm_head)
+    with torch.device("meta"):
+        adapted = OpenVLA(model)
+        attach_lora(adapted, lora, seed=0)
+    layers = {name.removesuffix(".weight"): layer.base_layer for name, layer in lora_layers(adapted).items()}
+    assert all(isinstance(layer, nn.Linear) for layer in layers.values())
+    sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    assert vllm_checks.adapted_linears(lora, model) == sizes
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 1), (2, 8), (32, 32), (33, 64), (512, 512)])
+def test_adapters_get_room_of_a_rank_that_vllm_knows(rank, room):
+    assert vllm_checks.lora_slot_rank(rank) == room
+
+
 def test_heads_must_be_divisible_among_gpus():
     args = ["--inference.vllm.tensor_parallel_size", "8", "--cluster.gpus_per_server", "8"]
     assert [m for m in problems(*args) if "must divide model.num_heads = 4" in m]
@@ -86,8 +152,9 @@ def test_without_vllm_the_way_to_install_it_is_named(monkeypatch):
 
 
 def test_settings_of_an_engine_that_is_not_asked_for_are_refused():
-    with pytest.raises(ConfigError, match=r"has no effect with inference\.engine = torch"):
-        load_config(None, ["--inference.vllm.max_num_seqs", "8"])
+    for override in (["--inference.vllm.max_num_seqs", "8"], NATIVE):
+        with pytest.raises(ConfigError, match=r"has no effect with inference\.engine = torch"):
+            load_config(None, override)
 
 
 def test_a_given_policy_is_checked_with_its_own_model(tmp_path):
@@ -99,15 +166,18 @@ def test_a_given_policy_is_checked_with_its_own_model(tmp_path):
     description = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**description, "model": asdict(served)}))
     assert check_policy(cfg, tmp_path) == served
+    native = InferenceConfig(engine="vllm", vllm=VllmConfig(lora="native"))
+    with pytest.raises(ConfigError, match=r"adapts \d+ layers of projector and vision_backbone"):
+        check_policy(dataclasses.replace(cfg, inference=native), tmp_path)
 
 
 def test_a_gpu_that_cannot_hold_a_server_is_refused_with_the_arithmetic():
     big = dataclasses.replace(TINY, hidden_size=4096, num_heads=32, num_kv_heads=32, num_layers=32, image_size=224)
     sizes = {"weight_values": 15 * 2**29, "largest_values": 4096 * 32064}
 
-    def problem(gib: int, **settings) -> str | None:
+    def problem(gib: int, lora: LoraConfig | None = None, **settings) -> str | None:
         inference = InferenceConfig(engine="vllm", dtype="bfloat16", vllm=VllmConfig(**settings))
-        return vllm_checks.gpu_memory_problem(inference, big, gpu_bytes=gib * 2**30, **sizes)
+        return vllm_checks.gpu_memory_problem(inference, big, gpu_bytes=gib * 2**30, lora=lora, **sizes)
 
     assert problem(24) is None
     assert (
@@ -115,6 +185,10 @@ def test_a_gpu_that_cannot_hold_a_server_is_refused_with_the_arithmetic():
     ) in str(problem(24, gpu_memory_utilization=0.5))
     assert problem(24, kv_cache_bytes=10 * 2**30) is not None
     assert problem(24, kv_cache_bytes=10 * 2**30, tensor_parallel_size=2) is None
+    lora = LoraConfig(rank=30, target_modules=".*q_proj", include_lm_head=False)
+    assert f"15.000 for weights + {32 * 8192 * 32 * 2 / 2**30:.3f} for adapters + 0.392 for keys" in str(
+        problem(24, lora, gpu_memory_utilization=0.5)
+    )
 
 
 ON_GPU = ["jobs/smoke_vllm.yaml", "--cluster.gpus_per_server", "1", "--inference.vllm.gpu_memory_utilization", "0.5"]

@@ -14,30 +14,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.small_openvla import INSTRUCTIONS, tiny
+from tests.small_openvla import tiny
 from tests.vllm_faults import DROPPED, SWAPPED
-from vlarl_ray.config import AlgorithmConfig, ExperimentConfig, InferenceConfig, LearnerConfig, LoraConfig, VllmConfig
+from tests.vllm_serving import SCALE, gap, make_learner, make_publisher, make_request, save_served_policy, train
+from vlarl_ray.config import InferenceConfig, VllmConfig
 from vlarl_ray.inference.base import EngineLostError, WrongVersionError
 from vlarl_ray.inference.torch_server import TorchEngine
 from vlarl_ray.inference.vllm_plugin import ARCHITECTURE
-from vlarl_ray.learner.build import build_learner
-from vlarl_ray.learner.group import LearnerGroup
 from vlarl_ray.models.lora import adapter_tensors, load_adapter_tensors
-from vlarl_ray.transport import LocalTransport
-from vlarl_ray.types import ActRequest
-from vlarl_ray.weights.canary import CanaryError, make_probe, update_digests
+from vlarl_ray.weights.canary import CanaryError, update_digests
 from vlarl_ray.weights.merge import checksum, read_update
-from vlarl_ray.weights.publisher import WeightPublisher
 
 pytest.importorskip("vllm")
-
-SIDE, SCALE = 32, 2.0
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
-    tiny(patch_size=4, hidden_size=64, num_heads=2, num_kv_heads=1, decoding="autoregressive").save(folder)
+    save_served_policy(folder)
     return folder
 
 
@@ -55,52 +49,12 @@ def engine(folder):
 
 @pytest.fixture(scope="module")
 def learner(folder):
-    lora = LoraConfig(rank=3, alpha=3 * SCALE)
-    cfg = ExperimentConfig(
-        algorithm=AlgorithmConfig(critic_warmup_updates=0), learner=LearnerConfig(num_ranks=1, lora=lora)
-    )
-    return build_learner(cfg, folder, rank=0, world_size=1, store_address=None)
+    return make_learner(folder)
 
 
 @pytest.fixture(scope="module")
 def publisher(engine, learner):
-    probe = make_probe(
-        INSTRUCTIONS,
-        image_shape=(1, SIDE, SIDE, 3),
-        proprio_dim=4,
-        token_ids=range(511, 511 + 256),
-        num_tokens=6,
-        seed=0,
-    )
-    group, transport = LearnerGroup([learner], LocalTransport(), deadline_s=60.0), LocalTransport()
-    return WeightPublisher(group, [engine], transport, probe=probe, tolerance=1e-4, deadline_s=60.0)
-
-
-def train(learner, seed: int) -> None:
-    """Move the learner's weights as an update would: new adapters everywhere, other heads."""
-    generator = torch.Generator().manual_seed(seed)
-    adapters = {
-        name: (torch.randn(a.shape, generator=generator) * 0.3, torch.randn(b.shape, generator=generator) * 0.05)
-        for name, (a, b) in adapter_tensors(learner.model).items()
-    }
-    load_adapter_tensors(learner.model, adapters)
-
-
-def make_request(rows: int, *, version: int, temperature: float = 1.0, first: int = 0) -> ActRequest:
-    index = np.arange(first, first + rows)
-    images = [np.random.default_rng(i).integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8) for i in index]
-    return ActRequest(
-        images=np.stack(images),
-        proprio=np.zeros((rows, 4), np.float32),
-        instructions=tuple(INSTRUCTIONS[i % 3] for i in index),
-        noise_keys=np.stack([np.full(rows, 9), index], axis=1).astype(np.uint64),
-        temperature=temperature,
-        policy_version=version,
-    )
-
-
-def gap(learner, request, reply) -> float:
-    return float(np.abs(learner.logprobs(request, reply.tokens) - reply.logprobs).max())
+    return make_publisher(engine, learner)
 
 
 def test_sampled_log_probabilities_are_the_learners(engine, learner, publisher):

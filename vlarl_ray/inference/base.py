@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Num
 
+from vlarl_ray.config import ExperimentConfig
+from vlarl_ray.registry import ENGINES, resolve
 from vlarl_ray.types import ActReply, ActRequest
 from vlarl_ray.weights.update import LoadReport, WeightUpdate
 
@@ -295,6 +298,15 @@ class ConcurrentServer:
         """End the engine."""
         self._threads.shutdown()
         self._engine.close()
+
+
+def make_engine(cfg: ExperimentConfig, policy_dir: str | Path, *, device: str = "cpu") -> Any:
+    """Start the engine that a run asks for; one that is to apply adapters itself is told what they are."""
+    engine_class = resolve(ENGINES, cfg.inference.engine, what="inference.engine")
+    adapters = {"lora": cfg.learner.lora} if cfg.inference.vllm.lora == "native" else {}
+    return engine_class(
+        str(policy_dir), cfg.inference, deterministic=cfg.trust.deterministic, device=device, **adapters
+    )
 
 
 def make_server(engine: Engine, *, batch_size: int, batch_window_ms: float) -> InferenceServer | ConcurrentServer:

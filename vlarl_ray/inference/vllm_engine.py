@@ -1,7 +1,7 @@
 """The vLLM engine: many observations at once through one `AsyncLLM`, and weights that follow the learner's.
 
 ActRequest ─► gate (open, right version) ─► one generation per row ─► ActReply, stamped with the version that answered
-WeightUpdate ─► gate closed, rows drained ─► pause, caches cleared ─► workers merge and load
+WeightUpdate ─► gate closed, rows drained ─► pause, caches cleared ─► workers merge and load, or replace adapters
              ─► version stamped ─► resume ─► gate open
 """
 
@@ -25,13 +25,15 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Num
 
-from vlarl_ray.config import InferenceConfig
+from vlarl_ray.config import InferenceConfig, LoraConfig
 from vlarl_ray.inference.base import EngineLostError, check_version
 from vlarl_ray.inference.gate import CpuMeter, Gate
+from vlarl_ray.inference.vllm_lora import lora_request
 from vlarl_ray.inference.vllm_start import shared_memory, start_engine, together
 from vlarl_ray.models.policy import empty_model
 from vlarl_ray.types import ActReply, ActRequest
-from vlarl_ray.vllm_checks import needed_len
+from vlarl_ray.vllm_checks import needed_len, unserved_adapters
+from vlarl_ray.weights.adapters import check_adapters_only
 from vlarl_ray.weights.canary import compare_digests
 from vlarl_ray.weights.merge import served_names, write_update
 from vlarl_ray.weights.update import LoadReport, WeightUpdate
@@ -39,7 +41,10 @@ from vlarl_ray.weights.update import LoadReport, WeightUpdate
 _LOG = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 2.0
-_WORKER_CLASS = "vlarl_ray.inference.vllm_worker.UpdateLoading"
+_WORKER_CLASSES = {
+    "merged": "vlarl_ray.inference.vllm_worker.UpdateLoading",
+    "native": "vlarl_ray.inference.vllm_lora.AdapterLoading",
+}
 
 Result = TypeVar("Result")
 
@@ -52,7 +57,8 @@ class VllmEngine:
         cfg: Precision, threads, and the engine's own settings.
         deterministic: Must be False: rounding depends on which requests share a batch.
         device: `cpu` or `cuda`; vLLM takes the GPUs that this process sees.
-        worker_class: What is mixed into vLLM's workers to load updates.
+        lora: What adapters updates will bring; needed where `cfg.vllm.lora` is native.
+        worker_class: What is mixed into vLLM's workers to load updates; None takes what `cfg.vllm.lora` asks for.
 
     Raises:
         ValueError: If vLLM cannot serve this policy, or the settings do not fit it.
@@ -65,7 +71,8 @@ class VllmEngine:
         *,
         deterministic: bool,
         device: str = "cpu",
-        worker_class: str = _WORKER_CLASS,
+        lora: LoraConfig | None = None,
+        worker_class: str | None = None,
     ) -> None:
         if deterministic:
             raise ValueError("trust.deterministic = true: vLLM's rounding depends on the batch; set it to false.")
@@ -79,6 +86,15 @@ class VllmEngine:
                 f"inference.engine = vllm serves openvla with autoregressive decoding; {self._policy_dir} holds "
                 f"{model.architecture} with {model.decoding} decoding. Set inference.engine to torch."
             )
+        self._lora = lora if cfg.vllm.lora == "native" else None
+        """Adapters that vLLM applies itself; None where they are merged."""
+        self._lora_request: Any = None
+        if cfg.vllm.lora == "native":
+            if lora is None:
+                raise ValueError("inference.vllm.lora = native: the engine must be told the adapters' rank and layers.")
+            problem = unserved_adapters(lora, model)
+            if problem is not None:
+                raise ValueError(problem)
         first = self._policy.first_action_token
         self.action_ids = list(range(first, first + model.num_action_bins))
         """Tokens that requests allow."""
@@ -95,7 +111,7 @@ class VllmEngine:
         self._update_file: BinaryIO | None = None
         """Of the update loaded last."""
         try:
-            self._engine: Any = self._run(self._start(worker_class))
+            self._engine: Any = self._run(self._start(worker_class or _WORKER_CLASSES[cfg.vllm.lora]))
         except BaseException:
             self.close()
             raise
@@ -109,12 +125,12 @@ class VllmEngine:
         return self.act(request).result()
 
     def load(self, update: WeightUpdate) -> LoadReport:
-        """Merge the update into the pristine base weights and take its version; requests that came before finish first.
+        """Serve the update on the pristine base weights and take its version; requests that came before finish first.
 
         Raises:
             CanaryError: If vLLM's workers did not load the same.
             EngineLostError: If vLLM's process is gone.
-            ValueError: If the update names a tensor that the model lacks.
+            ValueError: If the update names a tensor that the model lacks, or that adapters cannot serve.
         """
         return self._run(self._load(update))
 
@@ -154,7 +170,14 @@ class VllmEngine:
     async def _start(self, worker_class: str) -> Any:
         self._gate = Gate()
         with tempfile.TemporaryDirectory(prefix="vlarl-vllm-") as folder:  # vLLM reads it as it starts, not later
-            engine = start_engine(self._policy_dir, self._cfg, Path(folder), self._device, worker_class)
+            engine = start_engine(
+                self._policy_dir,
+                self._cfg,
+                Path(folder),
+                device=self._device,
+                worker_class=worker_class,
+                lora=self._lora,
+            )
         self._cpu = CpuMeter()
         return engine
 
@@ -186,7 +209,11 @@ class VllmEngine:
         start = time.perf_counter()
         async with self._gate.closed():
             self.version = None  # a load that fails half-way must not answer
-            served_names(update, self._pristine)  # refuses what the model lacks, before anything changes
+            # refuses what cannot be served, before anything changes
+            if self._lora is None:
+                served_names(update, self._pristine)
+            else:
+                check_adapters_only(update, self._pristine)
             self._forget_update()
             self._update_file = await asyncio.to_thread(nameless_file, update)
             with _lost_engines_named():
@@ -194,6 +221,7 @@ class VllmEngine:
             for rank, report in enumerate(reports[1:], start=1):
                 where = f"loader of vLLM worker {rank}, against that of worker 0"
                 compare_digests(reports[0]["checksums"], report["checksums"], where=where, version=update.version)
+            self._lora_request = None if self._lora is None else lora_request(update)
             self.version = update.version
         kept, asked = (sum(report[key] for report in reports) for key in ("kept", "asked"))
         return LoadReport(
@@ -203,6 +231,7 @@ class VllmEngine:
             seconds=time.perf_counter() - start,
             checksums=reports[0]["checksums"],
             dtype=self._cfg.dtype,
+            lora=self._cfg.vllm.lora,
         )
 
     async def _replace_weights(self, version: int) -> list[dict[str, Any]]:
@@ -303,7 +332,9 @@ class VllmEngine:
                 skip_clone=True,  # nobody else holds it
                 **option,
             )
-            answers = self._engine.generate(prompt, parameters, request_id=str(next(self._request_ids)))
+            answers = self._engine.generate(
+                prompt, parameters, request_id=str(next(self._request_ids)), lora_request=self._lora_request
+            )
             return [answer async for answer in answers][-1].outputs[0]
 
         return await asyncio.gather(*map(completion, inputs, options))

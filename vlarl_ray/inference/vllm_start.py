@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from vlarl_ray.config import InferenceConfig, ModelConfig
+from vlarl_ray.config import InferenceConfig, LoraConfig, ModelConfig
 from vlarl_ray.inference.vllm_folder import link_policy
+from vlarl_ray.inference.vllm_lora import adapter_room
 from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.policy import describe_policy, policy_weights
 from vlarl_ray.vllm_checks import VLLM_CPU_CACHE_BYTES, gpu_memory_problem, needed_len
@@ -33,7 +34,15 @@ def together(group: str, size: int) -> dict[str, Any]:
     return {GROUP: group, SIZE: size}
 
 
-def start_engine(policy_dir: Path, cfg: InferenceConfig, scratch: Path, device: str, worker_class: str) -> Any:
+def start_engine(
+    policy_dir: Path,
+    cfg: InferenceConfig,
+    scratch: Path,
+    *,
+    device: str,
+    worker_class: str,
+    lora: LoraConfig | None,
+) -> Any:
     """Start an `AsyncLLM`; call it from the event loop that is to use it.
 
     Args:
@@ -42,6 +51,7 @@ def start_engine(policy_dir: Path, cfg: InferenceConfig, scratch: Path, device: 
         scratch: Empty folder that is there until this returns.
         device: `cpu` or `cuda`.
         worker_class: What is mixed into vLLM's workers.
+        lora: Adapters that updates will bring, where vLLM is to apply them itself.
 
     Raises:
         ValueError: If a GPU cannot hold it.
@@ -49,7 +59,7 @@ def start_engine(policy_dir: Path, cfg: InferenceConfig, scratch: Path, device: 
     model: ModelConfig = describe_policy(policy_dir)["model"]
     on_cpu = device == "cpu"
     if not on_cpu:
-        _check_gpu(policy_dir, cfg, model)
+        _check_gpu(policy_dir, cfg, model, lora)
     # vLLM's processes inherit it; without it each takes all cores
     os.environ["OMP_NUM_THREADS"] = str(cfg.num_threads)
     for name, value in _ENVIRONMENT.items():
@@ -92,6 +102,7 @@ def start_engine(policy_dir: Path, cfg: InferenceConfig, scratch: Path, device: 
         disable_log_stats=True,
         use_tqdm_on_load=False,
         **(cpu_scheduling if on_cpu else {}),
+        **(adapter_room(lora, model) if lora is not None else {}),
     )
     return AsyncLLM.from_engine_args(arguments)
 
@@ -101,7 +112,7 @@ def shared_memory() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def _check_gpu(policy_dir: Path, cfg: InferenceConfig, model: ModelConfig) -> None:
+def _check_gpu(policy_dir: Path, cfg: InferenceConfig, model: ModelConfig, lora: LoraConfig | None) -> None:
     """Refuse what does not fit, with the arithmetic, before vLLM's process takes minutes to find out."""
     served = [tensor.num_values for name, tensor in policy_weights(policy_dir).items() if not name.startswith(HEADS)]
     problem = gpu_memory_problem(
@@ -109,6 +120,7 @@ def _check_gpu(policy_dir: Path, cfg: InferenceConfig, model: ModelConfig) -> No
         model,
         weight_values=sum(served),
         largest_values=max(served),
+        lora=lora,
         gpu_bytes=torch.cuda.get_device_properties(0).total_memory,
     )
     if problem is not None:

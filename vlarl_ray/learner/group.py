@@ -60,9 +60,9 @@ class LearnerGroup:
         [(num_bytes, digests)] = self._transport.get([summary], timeout_s=self._deadline_s, what="gathering weights")
         return handles[0], num_bytes, digests
 
-    def expected_checksums(self, update: Any, dtype: str) -> dict[str, str]:
-        """Fingerprint what a server of precision `dtype` must load for an update, given by reference; on rank 0."""
-        asked = self._transport.call(self._ranks[0], "expected_checksums", update, dtype)
+    def expected_checksums(self, update: Any, dtype: str, lora: str = "merged") -> dict[str, str]:
+        """Fingerprint what a server must load for an update, given by reference, see `Learner`; on rank 0."""
+        asked = self._transport.call(self._ranks[0], "expected_checksums", update, dtype, lora)
         [checksums] = self._transport.get([asked], timeout_s=self._deadline_s, what="merging weights")
         return checksums
 

@@ -29,6 +29,7 @@ from vlarl_ray.models.lora import CRITIC, POLICY, lora_layers, official_name
 from vlarl_ray.models.policy import DTYPES
 from vlarl_ray.models.weight_files import WeightFiles
 from vlarl_ray.types import ActRequest, Scores, TrainBatch, Trajectory, spread_mask
+from vlarl_ray.weights.adapters import expected_adapters
 from vlarl_ray.weights.canary import update_digests
 from vlarl_ray.weights.merge import expected_checksums
 from vlarl_ray.weights.update import WeightUpdate
@@ -197,13 +198,16 @@ class Learner:
             raise ValueError(f"weight_update_summary({version}) must follow weight_update({version}) on rank 0.")
         return self._summary[1:]
 
-    def expected_checksums(self, update: WeightUpdate, dtype: str) -> dict[str, str]:
-        """Merge an update into the weights this run started from, and fingerprint what a server must load.
+    def expected_checksums(self, update: WeightUpdate, dtype: str, lora: str = "merged") -> dict[str, str]:
+        """Fingerprint what a server must load for an update.
 
         Args:
             update: Of `weight_update`.
             dtype: The server's precision.
+            lora: `merged` into the weights that this run started from, or `native`: adapters alone.
         """
+        if lora == "native":
+            return expected_adapters(update, dtype=DTYPES[dtype])
         if self._pristine is None:
             raise ValueError("a learner made without its policy folder cannot say what servers must load.")
         return expected_checksums(self._pristine, update, dtype=DTYPES[dtype], device=self._device)

@@ -20,7 +20,7 @@ import numpy as np
 import ray
 
 from vlarl_ray.config import ExperimentConfig
-from vlarl_ray.inference.base import make_server, merge_requests
+from vlarl_ray.inference.base import make_engine, make_server, merge_requests
 from vlarl_ray.remote.client import RemoteClient
 from vlarl_ray.remote.keeper import longest_start_s
 from vlarl_ray.types import ActReply, ActRequest, FrameRef, TaskSpec, TrainBatch, Trajectory
@@ -120,16 +120,8 @@ class InferenceServerActor:
     def __init__(self, cfg: ExperimentConfig, policy_dir: str) -> None:
         import torch
 
-        from vlarl_ray.registry import ENGINES, resolve
-
         torch.set_num_threads(cfg.inference.num_threads)
-        engine_class = resolve(ENGINES, cfg.inference.engine, what="inference.engine")
-        engine = engine_class(
-            policy_dir,
-            cfg.inference,
-            deterministic=cfg.trust.deterministic,
-            device=pick_device(cfg.inference.device),
-        )
+        engine = make_engine(cfg, policy_dir, device=pick_device(cfg.inference.device))
         self._server = make_server(
             engine, batch_size=cfg.inference.batch_size, batch_window_ms=cfg.inference.batch_window_ms
         )
@@ -225,9 +217,9 @@ class LearnerRankActor:
         """Bytes and digests of the last weight update."""
         return self._learner.weight_update_summary(version)
 
-    def expected_checksums(self, update: WeightUpdate, dtype: str) -> dict[str, str]:
+    def expected_checksums(self, update: WeightUpdate, dtype: str, lora: str) -> dict[str, str]:
         """Fingerprint what a server must load."""
-        return self._learner.expected_checksums(update, dtype)
+        return self._learner.expected_checksums(update, dtype, lora)
 
     def logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
         """Score the probe batch."""

@@ -33,8 +33,8 @@ class PublishesWeights(Protocol):
         """Return a reference to a `(WeightUpdate)` and its `(num_bytes, digests)`."""
         ...
 
-    def expected_checksums(self, update: Any, dtype: str) -> dict[str, str]:
-        """Fingerprint what a server of this precision must load for an update, given by reference."""
+    def expected_checksums(self, update: Any, dtype: str, lora: str) -> dict[str, str]:
+        """Fingerprint what a server of this precision and kind must load for an update, given by reference."""
         ...
 
     def logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
@@ -86,7 +86,7 @@ class WeightPublisher:
         self._deadline_s = deadline_s
         self._keeper = keeper
         self._published: tuple[int, Any, Mapping[str, str]] | None = None
-        self._expected: dict[str, Mapping[str, str]] = {}
+        self._expected: dict[tuple[str, str], Mapping[str, str]] = {}
         self._previous: np.ndarray | None = None
         self._noise = 0.0
         self._lock = threading.Lock()
@@ -142,10 +142,11 @@ class WeightPublisher:
             report = self._get(self._transport.call(self._servers[index], "load", reference), _LOADING)
         compare_digests(digests, report.digests, where=f"server {index}", version=version)
         if report.checksums:
-            if report.dtype not in self._expected:
-                self._expected[report.dtype] = self._learner.expected_checksums(reference, report.dtype)
-            where = f"loader of server {index}"
-            compare_digests(self._expected[report.dtype], report.checksums, where=where, version=version)
+            kind = (report.dtype, report.lora)
+            if kind not in self._expected:
+                self._expected[kind] = self._learner.expected_checksums(reference, *kind)
+            where = f"loader of server {index}" if report.lora == "merged" else f"adapters of server {index}"
+            compare_digests(self._expected[kind], report.checksums, where=where, version=version)
         return report
 
     def _ask_probe(self, index: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32
@@ -47,6 +48,8 @@ class LoadReport:
     seconds: float
     checksums: Mapping[str, str] = field(default_factory=dict)
     """`weights.merge.checksum` of each tensor as it entered the loader, by official name; none where nothing is loaded
-    that the engine could not read back."""
+    that the engine could not read back. Under `lora: native`, of the adapters in place, see `adapter_checksums`."""
     dtype: str = ""
     """Precision of those tensors."""
+    lora: Literal["merged", "native"] = "merged"
+    """Whether adapters were merged, or are applied by the server."""
