@@ -449,6 +449,8 @@ class InferenceConfig:
     """Where the model runs; `auto` takes a GPU if the server was given one."""
     deadline_s: PositiveFloat = 60.0
     """A server that takes longer to answer counts as hung: it is restarted and given its weights again."""
+    weight_transport: str = "object_store"
+    """How servers get new adapters and heads: `object_store`, or a broadcast over `gloo` or `nccl` (GPUs, untried)."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
     """For engine `vllm`."""
 

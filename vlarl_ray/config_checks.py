@@ -17,7 +17,7 @@ from vlarl_ray.config_fields import field_docs
 from vlarl_ray.env_checks import env_problems, expanded_tasks, expert_problems
 from vlarl_ray.preprocessing_config import PreprocessingConfig
 from vlarl_ray.quest_checks import quest_problems
-from vlarl_ray.vllm_checks import model_problems, vllm_problems
+from vlarl_ray.vllm_checks import model_problems, vllm_problems, weight_transport_problems
 
 _BFLOAT16_TOLERANCE = 2**-7
 """Two roundings of a log-probability of 1 nat; no run in bfloat16 stays below."""
@@ -174,7 +174,7 @@ def check_quest(cfg: ExperimentConfig) -> Iterator[Problem]:
 
 
 def _vllm(cfg: ExperimentConfig) -> Iterator[Problem]:
-    for fields, message in vllm_problems(cfg):
+    for fields, message in (*vllm_problems(cfg), *weight_transport_problems(cfg)):
         yield Problem(fields, message)
 
 

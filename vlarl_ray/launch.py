@@ -381,6 +381,7 @@ def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder
         tolerance=cfg.trust.canary_tolerance,
         deadline_s=cfg.inference.deadline_s,
         keeper=where.keeper,
+        delivery=_delivery(cfg, where),
     )
     if where.keeper is not None:
         where.keeper.republish = publisher.republish
@@ -396,6 +397,24 @@ def build_system(cfg: ExperimentConfig, suite: Suite, where: Processes, recorder
         recorder=recorder,
         transport=where.transport,
         memory=MemoryCheck(cfg, learner, num_ranks=len(where.ranks), proprio_dim=suite.proprio_dim),
+    )
+
+
+def _delivery(cfg: ExperimentConfig, where: Processes) -> Any:
+    """Make what brings weights to servers; None, in one process too, for the object store."""
+    from vlarl_ray.weights.delivery import BroadcastDelivery
+
+    if cfg.inference.weight_transport == "object_store":
+        return None
+    if where.keeper is None:
+        _LOG.info("--inline: nothing to broadcast in one process; inference.weight_transport is not used")
+        return None
+    return BroadcastDelivery(
+        where.ranks[0],
+        where.servers,
+        where.transport,
+        deadline_s=cfg.inference.deadline_s,
+        restarts=lambda: where.keeper.restarts,
     )
 
 

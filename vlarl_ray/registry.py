@@ -32,6 +32,8 @@ ENGINES: Mapping[str, str] = {
     "torch": "vlarl_ray.inference.torch_server:TorchEngine",
     "vllm": "vlarl_ray.inference.vllm_engine:VllmEngine",
 }
+WEIGHT_TRANSPORTS = ("object_store", "gloo", "nccl")
+"""Values of `inference.weight_transport`."""
 
 
 def resolve(table: Mapping[str, str], name: str, *, what: str) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vlarl_ray.config import ExperimentConfig, InferenceConfig, LoraConfig, ModelConfig, VllmConfig
+from vlarl_ray.registry import WEIGHT_TRANSPORTS, suggest
 
 Found = tuple[tuple[str, ...], str]
 """Dotted paths of the fields compared, and a message: field, value, what is allowed, what to do."""
@@ -155,6 +156,28 @@ def adapter_copies_bytes(inference: InferenceConfig, lora: LoraConfig, model: Mo
     layers = {name: max(size) for name, size in adapted_linears(lora, model).items() if not name.endswith("lm_head")}
     tokens = inference.vllm.max_num_seqs * (inference.vllm.max_model_len or needed_len(model))
     return tokens * max(layers.values(), default=0) * lora_slot_rank(lora.rank) * _BYTES[inference.dtype]
+
+
+def weight_transport_problems(cfg: ExperimentConfig) -> Iterator[Found]:
+    """Find what keeps weights from travelling as asked."""
+    path, name = "inference.weight_transport", cfg.inference.weight_transport
+    if name == "ipc":
+        message = (
+            "vLLM's IPC engine hands over tensors on one GPU, but a learner rank reserves a GPU of its own "
+            "(cluster.gpus_per_rank); set object_store, or nccl"
+        )
+        yield (path,), f"{path} = ipc: {message}."
+    elif name not in WEIGHT_TRANSPORTS:
+        yield (path,), f"{path} = {name!r} is unknown; {suggest(name, WEIGHT_TRANSPORTS)}."
+    if name != "nccl":
+        return
+    for what, resource in (("learner ranks", "gpus_per_rank"), ("servers", "gpus_per_server")):
+        if not getattr(cfg.cluster, resource):
+            message = f"needs {what} on GPUs; set cluster.{resource} to 1, or the transport to object_store or gloo"
+            yield (path, f"cluster.{resource}"), f"{path} = nccl, cluster.{resource} = 0: {message}."
+    if not is_installed() and cfg.inference.engine != "vllm":
+        message = "uses vLLM's communicator, and vLLM is not installed here; install it, or set object_store or gloo"
+        yield (path,), f"{path} = nccl: {message}."
 
 
 def needed_len(model: ModelConfig) -> int:

@@ -211,6 +211,31 @@ def test_a_server_that_dies_or_hangs_is_restarted_with_its_weights_and_no_episod
         assert before.behaviour_logprobs.tolist() == after.behaviour_logprobs.tolist()
 
 
+def test_weights_that_are_broadcast_reach_a_server_that_was_killed_too(cluster, policy, tmp_path):
+    from vlarl_ray.envs import make_suite
+    from vlarl_ray.launch import Processes, build_system
+
+    cfg = toy_config(tmp_path, policy=str(policy / "policy"))
+    inference = replace(cfg.inference, num_servers=2, weight_transport="gloo", deadline_s=20.0)
+    cfg = replace(cfg, inference=inference, learner=replace(cfg.learner, num_ranks=2))
+    remote = build_remote(cfg, cfg.policy)
+    try:
+        where = Processes(remote.pool, remote.servers, remote.ranks, remote.transport, [], [], remote.keeper)
+        system = build_system(cfg, make_suite(cfg.env), where, recorder=None)
+        for version in (0, 1):
+            metrics = system.weights.publish(version)
+            assert metrics["publish/fallbacks"] == 0
+            assert metrics["publish/bytes"] > 0
+        os.kill(ray.get(remote.servers[0].describe.remote())["pid"], signal.SIGKILL)
+        broken = system.weights.publish(2)
+        assert broken["publish/server_restarts"] == 1
+        mended = system.weights.publish(3)  # by a group with the new server
+        assert mended["publish/fallbacks"] == broken["publish/fallbacks"]
+        assert [ray.get(server.health.remote()) for server in remote.servers] == [3, 3]
+    finally:
+        remote.close()
+
+
 def test_metrics_are_seen_in_a_scrape_of_the_node(cluster):
     from vlarl_ray.remote.metrics_sink import RayMetricsSink
 

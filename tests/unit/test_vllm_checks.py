@@ -157,6 +157,43 @@ def test_settings_of_an_engine_that_is_not_asked_for_are_refused():
             load_config(None, override)
 
 
+UNSENT = {
+    "nccl without GPUs": (
+        ["nccl"],
+        "cluster.gpus_per_rank = 0: needs learner ranks on GPUs; set cluster.gpus_per_rank",
+    ),
+    "nccl without GPUs for servers": (
+        ["nccl", "--cluster.gpus_per_rank", "1"],
+        "cluster.gpus_per_server = 0: needs servers on GPUs; set cluster.gpus_per_server to 1, or the transport to "
+        "object_store or gloo",
+    ),
+    "ipc": (["ipc"], "a learner rank reserves a GPU of its own (cluster.gpus_per_rank); set object_store, or nccl"),
+    "a typing error": (["glo"], "'glo' is unknown; did you mean 'gloo'? Known: gloo, nccl, object_store"),
+}
+
+
+@pytest.mark.parametrize("case", UNSENT)
+def test_weights_that_could_not_travel_are_refused_early(case):
+    arguments, expected = UNSENT[case]
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["--inference.weight_transport", *arguments])
+    assert expected in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("engine", [[], SERVED])
+def test_weights_may_be_broadcast_to_either_engine(engine):
+    gpus = ["--cluster.gpus_per_rank", "1", "--cluster.gpus_per_server", "1"]
+    for arguments in (["gloo"], ["gloo", *gpus], ["nccl", *gpus]):
+        load_config(None, [*engine, "--inference.weight_transport", *arguments])
+
+
+def test_nccl_needs_vllms_communicator_for_the_pytorch_engine_too(monkeypatch):
+    monkeypatch.setattr(vllm_checks, "is_installed", lambda: False)
+    gpus = ["--cluster.gpus_per_rank", "1", "--cluster.gpus_per_server", "1"]
+    with pytest.raises(ConfigError, match="uses vLLM's communicator, and vLLM is not installed here"):
+        load_config(None, ["--inference.weight_transport", "nccl", *gpus])
+
+
 def test_a_given_policy_is_checked_with_its_own_model(tmp_path):
     cfg = ExperimentConfig(inference=InferenceConfig(engine="vllm"), policy=str(tmp_path))
     tiny().save(tmp_path)

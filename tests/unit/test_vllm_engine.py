@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.broadcasts import Rank, Server, broadcasting_publisher
 from tests.small_openvla import tiny
 from tests.vllm_faults import DROPPED, SWAPPED
 from tests.vllm_serving import SCALE, gap, make_learner, make_publisher, make_request, save_served_policy, train
@@ -172,6 +173,24 @@ def test_the_canary_catches_a_wrong_publication_at_once(engine, learner, publish
 
 async def _nothing(*_args, **_kwargs) -> None:
     pass
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_update_that_was_broadcast_is_the_one_from_the_object_store(engine, learner, publisher, damaged):
+    train(learner, 25)
+    by_store = engine.load(learner.weight_update(25)).checksums
+    rank, server = Rank(learner, timeout_s=60.0), Server(engine, timeout_s=60.0)
+    broadcasting = broadcasting_publisher(rank, [server], probe=publisher._probe)
+    if damaged:
+        rank.damage = lambda buffer: buffer[:1].view(torch.uint8).bitwise_xor_(1)
+        with pytest.raises(CanaryError, match=r"version 26, server 0: tensor '\S+' differs"):
+            broadcasting.publish(26)
+        return
+    metrics = broadcasting.publish(26)
+    assert (server.received, server.loaded) == (1, 0)
+    assert server.report.checksums == by_store != {}
+    assert metrics["publish/bytes"] == learner.weight_update(26).num_bytes
+    assert metrics["canary/max_abs_logprob_diff"] < 1e-4
 
 
 def test_requests_in_flight_are_answered_by_one_version_and_none_is_lost(engine, learner, publisher):

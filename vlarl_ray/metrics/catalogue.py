@@ -121,6 +121,9 @@ _BUFFER = {
 _PUBLISH = {
     "publish/bytes": Metric("bytes", "Adapter and head tensors shipped to each server."),
     "publish/model_bytes": Metric("bytes", "The full model, for comparison."),
+    "publish/fallbacks": Metric(
+        "loads", "Times that a server got its weights through the object store, as a broadcast had failed."
+    ),
     "publish/delta_kept": Metric("1", "Projection of the served weight change on the trained one; 1 loses nothing."),
     "publish/server_restarts": Metric("servers", "Inference servers lost and restarted since this process started."),
     "canary/max_abs_logprob_diff": Metric("nats", "Largest server - learner difference on the probe batch."),

@@ -122,6 +122,12 @@ class InferenceServerActor:
 
         torch.set_num_threads(cfg.inference.num_threads)
         engine = make_engine(cfg, policy_dir, device=pick_device(cfg.inference.device))
+        self._receiver: Any = None
+        if cfg.inference.weight_transport != "object_store":
+            from vlarl_ray.weights.channel import Receiver
+
+            device, timeout_s = pick_device(cfg.inference.device), cfg.inference.deadline_s / 2
+            self._receiver = Receiver(cfg.inference.weight_transport, device=device, timeout_s=timeout_s)
         self._server = make_server(
             engine, batch_size=cfg.inference.batch_size, batch_window_ms=cfg.inference.batch_window_ms
         )
@@ -148,6 +154,10 @@ class InferenceServerActor:
         """Merge new weights; returns a `LoadReport`."""
         return self._server.load(update).result()
 
+    def load_offered(self, offer: Any, rank: int) -> Any:
+        """Receive the weights of an `Offer`, answering meanwhile, and merge them; returns a `LoadReport`."""
+        return self._server.load(self._receiver.receive(offer, rank)).result()
+
     def logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
         """Score the probe batch."""
         return self._server.logprobs(request, tokens).result()
@@ -171,6 +181,8 @@ class LearnerRankActor:
     def __init__(self, cfg: ExperimentConfig, policy_dir: str, rank: int, world_size: int) -> None:
         self._args = (cfg, policy_dir, rank, world_size)
         self._learner: Any = None
+        self._sender: Any = None
+        """On rank 0, where weights are broadcast."""
 
     def pick_address(self) -> tuple[str, int]:
         """Choose where the process group meets; called on rank 0."""
@@ -187,6 +199,7 @@ class LearnerRankActor:
         from vlarl_ray.learner.build import build_learner
 
         cfg, policy_dir, rank, world_size = self._args
+        device = pick_device(cfg.learner.device)
         torch.set_num_threads(cfg.learner.num_threads)
         self._learner = build_learner(
             cfg,
@@ -194,8 +207,13 @@ class LearnerRankActor:
             rank=rank,
             world_size=world_size,
             store_address=address,
-            device=pick_device(cfg.learner.device),
+            device=device,
         )
+        if cfg.inference.weight_transport != "object_store" and rank == 0:
+            from vlarl_ray.weights.channel import Sender
+
+            timeout_s = cfg.inference.deadline_s / 2  # the rest is for loading
+            self._sender = Sender(cfg.inference.weight_transport, address[0], device=device, timeout_s=timeout_s)
 
     def score(self, trajectories: Sequence[Trajectory]) -> Any:
         """Score this rank's share."""
@@ -210,8 +228,19 @@ class LearnerRankActor:
         return self._learner.measured_memory()
 
     def weight_update(self, version: int) -> WeightUpdate | None:
-        """Gather what servers need; stays in the object store."""
-        return self._learner.weight_update(version)
+        """Gather what servers need; stays in the object store, for those whom a broadcast does not reach too."""
+        update = self._learner.weight_update(version)
+        if self._sender is not None:
+            self._sender.hold(update)
+        return update
+
+    def offer_weights(self, version: int, num_servers: int, renew: bool) -> Any:
+        """Announce the last weight update, which `send_weights` broadcasts; see `Sender.offer`."""
+        return self._sender.offer(version, num_servers, renew=renew)
+
+    def send_weights(self) -> None:
+        """Broadcast the weight update that was announced."""
+        self._sender.send()
 
     def weight_update_summary(self, version: int) -> tuple[int, dict[str, str]]:
         """Bytes and digests of the last weight update."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.lora import merged_weight
 from vlarl_ray.models.weight_files import WeightFiles
-from vlarl_ray.weights.update import WeightUpdate
+from vlarl_ray.weights.update import WeightUpdate, from_named_arrays, named_arrays
 
 _MIX = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB)
 """Odd 64-bit factors that spread every input bit, as in splitmix64, below 2^63 where torch's integers end."""
@@ -167,9 +167,7 @@ def merged(
 
 def write_update(update: WeightUpdate, path: Path) -> None:
     """Write an update as a safetensors file."""
-    arrays = {f"tensor:{name}": np.ascontiguousarray(value) for name, value in update.tensors.items()}
-    for name, pair in update.adapters.items():
-        arrays |= {f"{side}:{name}": np.ascontiguousarray(part) for side, part in zip("AB", pair, strict=True)}
+    arrays = {name: np.ascontiguousarray(value) for name, value in named_arrays(update).items()}
     save_file(arrays, path, metadata={"version": str(update.version), "lora_scale": repr(update.lora_scale)})
 
 
@@ -177,13 +175,7 @@ def read_update(path: Path) -> WeightUpdate:
     """Read what `write_update` wrote."""
     with safe_open(path, framework="numpy") as file:
         stated, arrays = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    named = {side: {k.partition(":")[2]: v for k, v in arrays.items() if k.startswith(f"{side}:")} for side in "AB"}
-    return WeightUpdate(
-        version=int(stated["version"]),
-        lora_scale=float(stated["lora_scale"]),
-        adapters={name: (a, named["B"][name]) for name, a in named["A"].items()},
-        tensors={k.partition(":")[2]: v for k, v in arrays.items() if k.startswith("tensor:")},
-    )
+    return from_named_arrays(int(stated["version"]), float(stated["lora_scale"]), arrays)
 
 
 def as_tensor(array: np.ndarray, device: torch.device | str = "cpu") -> Tensor:

@@ -1,6 +1,6 @@
 """Ship one version of the weights from learner to servers, and prove that it arrived.
 
-LearnerGroup.weight_update ─► object store ─► every server: load (merge) ─► digests, checksums, probe ─► or stop the run
+LearnerGroup.weight_update ─► `Delivery` ─► every server: load (merge) ─► digests, checksums, probe ─► or stop the run
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 from vlarl_ray.transport import Transport
 from vlarl_ray.types import ActRequest
 from vlarl_ray.weights.canary import CanaryError, Probe, compare_digests, compare_probe
+from vlarl_ray.weights.channel import TransferError
+from vlarl_ray.weights.delivery import Delivery, ObjectStoreDelivery
 from vlarl_ray.weights.update import LoadReport
 
 _LOG = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class WeightPublisher:
         tolerance: Largest accepted log-probability difference, nats.
         deadline_s: Longest wait for a server.
         keeper: Brings back a server that dies or hangs while it loads or scores; None gives up.
+        delivery: How a version gets to the servers; None takes the object store.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class WeightPublisher:
         tolerance: float,
         deadline_s: float,
         keeper: KeepsServers | None = None,
+        delivery: Delivery | None = None,
     ) -> None:
         self._learner = learner
         self._servers = list(servers)
@@ -85,6 +89,8 @@ class WeightPublisher:
         self._tolerance = tolerance
         self._deadline_s = deadline_s
         self._keeper = keeper
+        self._delivery = delivery or ObjectStoreDelivery(servers, transport)
+        self._fallbacks = 0
         self._published: tuple[int, Any, Mapping[str, str]] | None = None
         self._expected: dict[tuple[str, str], Mapping[str, str]] = {}
         self._previous: np.ndarray | None = None
@@ -103,11 +109,13 @@ class WeightPublisher:
         reference, num_bytes, digests = self._learner.weight_update(version)
         with self._lock:
             self._published, self._expected = (version, reference, digests), {}
-            loads = [self._transport.call(server, "load", reference) for server in self._servers]
+            fallbacks, loads = self._fallbacks, self._delivery.start(version, reference)
             reports = [self._finish_load(index, handle) for index, handle in enumerate(loads)]
+            self._delivery.end(num_failed=self._fallbacks - fallbacks)
             gap = self._compare_probe(version)
         return {
             "publish/bytes": float(num_bytes),
+            "publish/fallbacks": float(self._fallbacks),
             "publish/delta_kept": min(report.delta_kept for report in reports),
             "publish/server_restarts": float(self._keeper.restarts if self._keeper else 0),
             "canary/max_abs_logprob_diff": gap,
@@ -132,11 +140,18 @@ class WeightPublisher:
             self._lock.release()
 
     def _finish_load(self, index: int, handle: Any) -> LoadReport:
-        """Wait for a server's report and check it; a server that was lost meanwhile gets the update once more."""
+        """Wait for a server's report and check it.
+
+        A server that was lost meanwhile, or that a broadcast did not reach, gets the update from the object store.
+        """
         assert self._published is not None
         version, reference, digests = self._published
         try:
             report = self._get(handle, _LOADING)
+        except TransferError as error:
+            _LOG.warning("server %d gets version %d through the object store instead: %s", index, version, error)
+            self._fallbacks += 1
+            return self._finish_load(index, self._transport.call(self._servers[index], "load", reference))
         except _LOST as error:
             self._revive(index, error)
             report = self._get(self._transport.call(self._servers[index], "load", reference), _LOADING)

@@ -36,6 +36,31 @@ class WeightUpdate:
         )
 
 
+def named_arrays(update: WeightUpdate) -> dict[str, np.ndarray]:
+    """Give an update's arrays flat names, in an order that is always the same: `tensor:<name>`, `A:<name>`, `B:<name>`.
+
+    Example:
+        >>> a, b = np.zeros((1, 3), np.float32), np.zeros((2, 1), np.float32)
+        >>> update = WeightUpdate(version=1, lora_scale=1.0, adapters={"q.weight": (a, b)}, tensors={})
+        >>> {name: array.shape for name, array in named_arrays(update).items()}
+        {'A:q.weight': (1, 3), 'B:q.weight': (2, 1)}
+    """
+    arrays = {f"tensor:{name}": value for name, value in update.tensors.items()}
+    for name, pair in update.adapters.items():
+        arrays |= {f"{side}:{name}": part for side, part in zip("AB", pair, strict=True)}
+    return arrays
+
+
+def from_named_arrays(version: int, lora_scale: float, arrays: Mapping[str, np.ndarray]) -> WeightUpdate:
+    """Undo `named_arrays`."""
+    kinds: dict[str, dict[str, np.ndarray]] = {"tensor": {}, "A": {}, "B": {}}
+    for key, value in arrays.items():
+        kind, _, name = key.partition(":")
+        kinds[kind][name] = value
+    adapters = {name: (a, kinds["B"][name]) for name, a in kinds["A"].items()}
+    return WeightUpdate(version=version, lora_scale=lora_scale, adapters=adapters, tensors=kinds["tensor"])
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What a server did with a `WeightUpdate`."""
