@@ -53,6 +53,9 @@ class SlowEngine:
     def logprobs(self, request, tokens):
         return np.zeros(tokens.shape, np.float32)
 
+    def diagnose(self, request, tokens, expected, tolerance):
+        return ""
+
     def health(self):
         return self.version
 
