@@ -29,31 +29,17 @@ import psutil
 import torch
 
 from benchmarks._results import write_result
-from vlarl_ray.config import InferenceConfig, LoraConfig, ModelConfig, VllmConfig
+from benchmarks.vllm_engine import INSTRUCTIONS, MODEL, request_of
+from vlarl_ray.config import InferenceConfig, LoraConfig, VllmConfig
 from vlarl_ray.inference.torch_server import TorchEngine
 from vlarl_ray.models import new_policy
 from vlarl_ray.types import ActRequest
 from vlarl_ray.vllm_checks import adapted_linears
 from vlarl_ray.weights.update import WeightUpdate
 
-INSTRUCTIONS = ("close the drawer", "open the window", "press the button from above")
-MODEL = ModelConfig(decoding="autoregressive")
 LORA = LoraConfig(rank=32, target_modules="language_model.*")
 MERGED, NATIVE = "vllm engine", "vllm engine, native LoRA"
 BASELINES = ("LLM.generate", "LLM.generate, one process")
-
-
-def request_of(rows: int, seed: int) -> ActRequest:
-    """Rows of noise under three instructions, a camera each."""
-    rng, side = np.random.default_rng(seed), MODEL.image_size
-    return ActRequest(
-        images=rng.integers(0, 256, (rows, 1, side, side, 3), dtype=np.uint8),
-        proprio=np.zeros((rows, 4), np.float32),
-        instructions=tuple(INSTRUCTIONS[i % 3] for i in range(rows)),
-        noise_keys=np.stack([np.full(rows, seed), np.arange(rows)], axis=1).astype(np.uint64),
-        temperature=1.0,
-        policy_version=1,
-    )
 
 
 def random_update(seed: int) -> WeightUpdate:
@@ -182,7 +168,7 @@ def serve(name: str, folder: Path, pipe: Connection) -> None:
     pipe.send(case.load is not None)
     while (task := pipe.recv()) is not None:
         rows, seed = task
-        request, update = request_of(max(rows, 1), seed), random_update(seed)
+        request, update = request_of(max(rows, 1), 1, seed=seed), random_update(seed)
         cpu, wall = cpu_seconds(), time.perf_counter()
         if rows:
             case.sample(request)

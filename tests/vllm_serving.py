@@ -32,7 +32,7 @@ def make_learner(folder: Path, **lora: Any) -> Learner:
     return build_learner(cfg, folder, rank=0, world_size=1, store_address=None)
 
 
-def make_publisher(engine: Any, learner: Learner) -> WeightPublisher:
+def make_publisher(engine: Any, learner: Learner, *, tolerance: float = 1e-4) -> WeightPublisher:
     probe = make_probe(
         INSTRUCTIONS,
         image_shape=(1, SIDE, SIDE, 3),
@@ -42,7 +42,7 @@ def make_publisher(engine: Any, learner: Learner) -> WeightPublisher:
         seed=0,
     )
     group, transport = LearnerGroup([learner], LocalTransport(), deadline_s=60.0), LocalTransport()
-    return WeightPublisher(group, [engine], transport, probe=probe, tolerance=1e-4, deadline_s=60.0)
+    return WeightPublisher(group, [engine], transport, probe=probe, tolerance=tolerance, deadline_s=60.0)
 
 
 def train(learner: Learner, seed: int) -> None:

@@ -7,14 +7,9 @@ import socket
 import numpy as np
 import pytest
 
-from tests.small_openvla import INSTRUCTIONS, tiny
-from tests.vllm_serving import SCALE, SIDE, make_request
+from tests.vllm_serving import SCALE, make_publisher, make_request, save_served_policy
 from vlarl_ray.config import AlgorithmConfig, ExperimentConfig, InferenceConfig, LearnerConfig, LoraConfig, VllmConfig
 from vlarl_ray.learner.build import build_learner
-from vlarl_ray.learner.group import LearnerGroup
-from vlarl_ray.transport import LocalTransport
-from vlarl_ray.weights.canary import make_probe
-from vlarl_ray.weights.publisher import WeightPublisher
 
 pytest.importorskip("vllm")
 
@@ -48,20 +43,11 @@ def served(tmp_path_factory):
     from vlarl_ray.inference.vllm_engine import VllmEngine
 
     folder = tmp_path_factory.mktemp("policy")
-    tiny(patch_size=4, hidden_size=64, num_heads=2, num_kv_heads=1, decoding="autoregressive").save(folder)
+    save_served_policy(folder)
     vllm = VllmConfig(kv_cache_bytes=1 << 27)
     engine = VllmEngine(folder, InferenceConfig(engine="vllm", dtype="bfloat16", vllm=vllm), deterministic=False)
     learner, exact = make_learner(folder, "bfloat16"), make_learner(folder, "float32")
-    probe = make_probe(
-        INSTRUCTIONS,
-        image_shape=(1, SIDE, SIDE, 3),
-        proprio_dim=4,
-        token_ids=range(511, 511 + 256),
-        num_tokens=6,
-        seed=0,
-    )
-    group, transport = LearnerGroup([learner], LocalTransport(), deadline_s=60.0), LocalTransport()
-    publisher = WeightPublisher(group, [engine], transport, probe=probe, tolerance=1.0, deadline_s=60.0)
+    publisher = make_publisher(engine, learner, tolerance=1.0)
     yield engine, learner, exact, publisher
     engine.close()
     learner.shutdown()
