@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -118,6 +120,46 @@ def test_a_communicator_that_hangs_is_given_up_and_aborted(monkeypatch):
     with pytest.raises(TransferError, match=r"rank 1 of 2, broadcast over gloo: not done within 0\.5 s"):
         receiver.receive(sender.offer(2, 1, renew=False), 1)
     assert aborted.is_set()
+
+
+def test_a_rank_that_comes_back_to_a_group_is_refused_at_once():
+    """Gloo would try for five seconds to reach those who were there, whatever its deadline."""
+    sender, [receiver] = make_ends(1)
+    exchange(sender, [receiver], 1, renew=False)
+    _, [successor] = make_ends(1)
+    sender.hold(make_update(2))
+    with pytest.raises(TransferError, match=r"rank 1 of 2.*was in the group before"):
+        successor.receive(sender.offer(2, 1, renew=False), 1)
+    for update in exchange(sender, [successor], 2, renew=True):
+        assert update_digests(update) == update_digests(make_update(2))
+
+
+_ENDS_WHILE_A_THREAD_WAITS = """
+import sys, time
+from datetime import timedelta
+from torch._C._distributed_c10d import TCPStore
+from vlarl_ray.weights.channel import _within
+
+class SlowToEnd:
+    sleep = time.sleep
+    def __del__(self):
+        self.sleep(3)
+
+sys.modules["slow to end"] = SlowToEnd()
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+try:
+    _within(0.1, lambda: store.wait(["never"], timedelta(seconds=1.5)))
+except TimeoutError:
+    print("given up")
+"""
+
+
+def test_a_process_ends_well_though_a_broadcast_was_given_up():
+    """A thread that comes back from C++ to an interpreter that is gone aborts the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ENDS_WHILE_A_THREAD_WAITS], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "given up\n"), done.stderr
 
 
 @pytest.fixture(scope="module")

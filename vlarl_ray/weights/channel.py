@@ -9,6 +9,7 @@ hand. All else is the same code for both, and tested with gloo.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import uuid
 from collections.abc import Callable, Mapping
@@ -25,6 +26,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroupGloo, TCPStore  # their public aliases are not typed as exported
 
 from vlarl_ray.weights.update import WeightUpdate, from_named_arrays, named_arrays
+
+_EXIT_WAIT_S = 10.0
+"""For a thread that was given up, as the process ends: gloo may go on connecting for five seconds."""
 
 
 class TransferError(RuntimeError):
@@ -162,6 +166,9 @@ class Member:
             if store is None:
                 timeout = timedelta(seconds=self._timeout_s)
                 store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=timeout)
+            if store.add(f"joined by rank {rank}", 1) > 1:
+                # The others wait where an earlier process of this rank was; gloo would look for it there.
+                raise RuntimeError("this rank was in the group before; a new group is needed")
             make = _COMMUNICATORS[self._backend]
             group = make(store, rank, meeting.world_size, device=self._device, timeout_s=self._timeout_s)
             self._joined = meeting, group
@@ -259,5 +266,11 @@ def _within(timeout_s: float, work: Callable[[], None]) -> None:
         except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the one who waits
             done.set_exception(error)
 
-    threading.Thread(target=run, name="weights", daemon=True).start()
-    done.result(timeout_s)
+    thread = threading.Thread(target=run, name="weights", daemon=True)
+    thread.start()
+    try:
+        done.result(timeout_s)
+    except TimeoutError:
+        # If the interpreter were gone by the time the thread comes back from C++, that would abort the process.
+        atexit.register(thread.join, _EXIT_WAIT_S)
+        raise
