@@ -91,8 +91,8 @@ def bare_vllm(folder: Path, *, processes: str) -> Case:
     }
     from vllm import LLM, SamplingParams
 
-    from vlarl_ray.inference.vllm_engine import request_seed
     from vlarl_ray.inference.vllm_folder import link_policy
+    from vlarl_ray.inference.vllm_rows import request_seed
     from vlarl_ray.models.policy import empty_model
     from vlarl_ray.vllm_checks import needed_len
 

@@ -8,8 +8,6 @@ WeightUpdate ─► gate closed, rows drained ─► pause, caches cleared ─�
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import itertools
 import logging
 import os
 import tempfile
@@ -29,10 +27,11 @@ from vlarl_ray.config import InferenceConfig, LoraConfig
 from vlarl_ray.inference.base import EngineLostError, check_version
 from vlarl_ray.inference.gate import CpuMeter, Gate
 from vlarl_ray.inference.vllm_lora import lora_request
-from vlarl_ray.inference.vllm_start import shared_memory, start_engine, together
+from vlarl_ray.inference.vllm_rows import Rows
+from vlarl_ray.inference.vllm_start import shared_memory, start_engine
 from vlarl_ray.models.policy import empty_model
 from vlarl_ray.types import ActReply, ActRequest
-from vlarl_ray.vllm_checks import needed_len, unserved_adapters
+from vlarl_ray.vllm_checks import unserved_adapters
 from vlarl_ray.weights.adapters import check_adapters_only
 from vlarl_ray.weights.canary import compare_digests
 from vlarl_ray.weights.merge import served_names, write_update
@@ -88,21 +87,12 @@ class VllmEngine:
             )
         self._lora = lora if cfg.vllm.lora == "native" else None
         """Adapters that vLLM applies itself; None where they are merged."""
-        self._lora_request: Any = None
         if cfg.vllm.lora == "native":
             if lora is None:
                 raise ValueError("inference.vllm.lora = native: the engine must be told the adapters' rank and layers.")
             problem = unserved_adapters(lora, model)
             if problem is not None:
                 raise ValueError(problem)
-        first = self._policy.first_action_token
-        self.action_ids = list(range(first, first + model.num_action_bins))
-        """Tokens that requests allow."""
-        self.model_len = cfg.vllm.max_model_len or needed_len(model)
-        """Tokens of the longest sequence."""
-        self.num_action_tokens = self._policy.num_action_tokens
-        self._prompts: dict[str, list[int]] = {}
-        self._request_ids = itertools.count()
         self.version: int | None = None
 
         self._loop = asyncio.new_event_loop()
@@ -112,6 +102,7 @@ class VllmEngine:
         """Of the update loaded last."""
         try:
             self._engine: Any = self._run(self._start(worker_class or _WORKER_CLASSES[cfg.vllm.lora]))
+            self._rows = Rows(self._engine, self._policy, num_bins=model.num_action_bins)
         except BaseException:
             self.close()
             raise
@@ -187,7 +178,7 @@ class VllmEngine:
             version = self.version
             assert version is not None
             with _lost_engines_named():
-                completions = await self._generate(request)
+                completions = await self._rows.sampled(request)
             tokens = np.array([c.token_ids for c in completions], np.int32)
             logprobs = np.array(
                 [[at[t].logprob for at, t in zip(c.logprobs, c.token_ids, strict=True)] for c in completions],
@@ -221,7 +212,7 @@ class VllmEngine:
             for rank, report in enumerate(reports[1:], start=1):
                 where = f"loader of vLLM worker {rank}, against that of worker 0"
                 compare_digests(reports[0]["checksums"], report["checksums"], where=where, version=update.version)
-            self._lora_request = None if self._lora is None else lora_request(update)
+            self._rows.lora_request = None if self._lora is None else lora_request(update)
             self.version = update.version
         kept, asked = (sum(report[key] for report in reports) for key in ("kept", "asked"))
         return LoadReport(
@@ -276,75 +267,11 @@ class VllmEngine:
             await self._engine.get_weight_version()
         return self.version
 
-    async def _generate(self, request: ActRequest) -> list[Any]:
-        rows = range(len(request))
-        prompts = [self.prompt(text) for text in request.instructions]
-        inputs = await self._rendered(prompts, [request.images[row] for row in rows])
-        options: list[dict[str, Any]] = [{"max_tokens": self.num_action_tokens, "logprobs": 0} for _ in rows]
-        group = f"request-{next(self._request_ids)}"
-        for row, option in enumerate(options):
-            if request.temperature > 0:
-                option["seed"] = request_seed(request.noise_keys[row])
-            option["extra_args"] = together(group, len(rows))
-        return await self._complete(request.temperature, inputs, options)
-
     async def _logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
         async with self._gate.passed():
             check_version(self.version, request)
-            cells = [(row, index) for row in range(len(request)) for index in range(tokens.shape[1])]
-            wanted = [int(tokens[cell]) for cell in cells]
-            prompts = [[*self.prompt(request.instructions[row]), *tokens[row, :index].tolist()] for row, index in cells]
-            # One name for one content: the towers then see a frame once for all its tokens. It is the same in each
-            # publication, so that an embedding that outlived its weights would be found here.
-            names = [[_content(frame) for frame in frames] for frames in request.images]
-            images, uuids = [request.images[row] for row, _ in cells], [names[row] for row, _ in cells]
-            options = [{"max_tokens": 1, "logprobs": 1, "logprob_token_ids": [token]} for token in wanted]
             with _lost_engines_named():
-                inputs = await self._rendered(prompts, images, uuids)
-                completions = await self._complete(request.temperature, inputs, options)
-            scores = [c.logprobs[0][token].logprob for c, token in zip(completions, wanted, strict=True)]
-            return np.array(scores, np.float32).reshape(tokens.shape)
-
-    async def _rendered(self, prompts: list[list[int]], images: list[np.ndarray], uuids: Any = None) -> list[Any]:
-        """Turn prompts and their frames into vLLM's inputs, all of them before the first is sent."""
-        from vllm.renderers.inputs.preprocess import parse_model_prompt
-
-        raw: list[dict[str, Any]] = [
-            {"prompt_token_ids": prompt, "multi_modal_data": {"image": list(frames)}}
-            for prompt, frames in zip(prompts, images, strict=True)
-        ]
-        for prompt, names in zip(raw, uuids or (), strict=bool(uuids)):
-            prompt["multi_modal_uuids"] = {"image": names}
-        parsed = [parse_model_prompt(self._engine.model_config, prompt) for prompt in raw]
-        return await asyncio.to_thread(self._engine.renderer.render_cmpl, parsed)
-
-    async def _complete(self, temperature: float, inputs: list[Any], options: list[dict[str, Any]]) -> list[Any]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        async def completion(prompt: Any, option: dict[str, Any]) -> Any:
-            parameters = SamplingParams(
-                temperature=temperature,
-                allowed_token_ids=self.action_ids,
-                ignore_eos=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-                skip_clone=True,  # nobody else holds it
-                **option,
-            )
-            answers = self._engine.generate(
-                prompt, parameters, request_id=str(next(self._request_ids)), lora_request=self._lora_request
-            )
-            return [answer async for answer in answers][-1].outputs[0]
-
-        return await asyncio.gather(*map(completion, inputs, options))
-
-    def prompt(self, instruction: str) -> list[int]:
-        """Token ids of an instruction's prompt, before the patches are put in."""
-        if instruction not in self._prompts:
-            ids, lengths = self._policy.encode_prompts([instruction])
-            self._prompts[instruction] = ids[0, : int(lengths[0])].tolist()
-        return self._prompts[instruction]
+                return await self._rows.scored(request, tokens)
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -361,22 +288,12 @@ def _lost_engines_named() -> Iterator[None]:
         raise EngineLostError(f"vLLM's engine process is gone: {error}") from error
 
 
-def request_seed(noise_key: np.ndarray) -> int:
-    """Turn the noise key of a decision, see `TaskSpec.noise_key`, into the 63-bit seed of a vLLM request."""
-    digest = hashlib.blake2b(np.ascontiguousarray(noise_key, "<u8").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def nameless_file(update: WeightUpdate) -> BinaryIO:
     """Write an update to a file in memory that has no name, so that nothing stays behind if this process is killed."""
     with tempfile.TemporaryDirectory(prefix="vlarl-vllm-", dir=shared_memory()) as folder:
         path = Path(folder) / "update.safetensors"
         write_update(update, path)
         return path.open("rb")
-
-
-def _content(frame: np.ndarray) -> str:
-    return hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest()
 
 
 async def _cancel_others() -> None:
