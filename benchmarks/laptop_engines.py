@@ -69,9 +69,11 @@ def collect(folder: Path, seeds: list[int]) -> dict[str, Any]:
     """Figures of finished runs; those of earlier results are kept where a run is gone but not its preset."""
     digest, earlier = setup_digest(PRESET), read_result("laptop_engines")
     figures: dict[str, Any] = {"learning through vLLM": {}, "pace": {}}
-    for seed in seeds:
+    learned = earlier.get("learning through vLLM", {})
+    known = {int(name.removeprefix("seed ")) for name in learned}
+    for seed in sorted(known.union(seeds)):
         found = read_run(folder / f"vllm-seed{seed}", final=True)
-        kept = earlier.get("learning through vLLM", {}).get(f"seed {seed}", {})
+        kept = learned.get(f"seed {seed}", {})
         if found:
             rows = read_jsonl(folder / f"vllm-seed{seed}" / "metrics.jsonl")
             pace = {name: round(statistics.median(row[name] for row in rows), 2) for name in PACE}
@@ -86,6 +88,8 @@ def collect(folder: Path, seeds: list[int]) -> dict[str, Any]:
             medians = {name: round(statistics.median(row[name] for row in rows), 2) for name in PACE}
             origin = read_json(folders[0] / "benchmark_origin.json")
             figures["pace"][engine] = {"preset": digest, "iterations": len(rows), **medians, **origin}
+        elif earlier.get("pace", {}).get(engine, {}).get("preset") == digest:
+            figures["pace"][engine] = earlier["pace"][engine]
     return figures
 
 
