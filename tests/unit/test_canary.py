@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vlarl_ray.weights.canary import CanaryError, compare_digests, compare_probe, make_probe, update_digests
+from vlarl_ray.weights.canary import CanaryError, ProbeComparison, compare_digests, make_probe, update_digests
 from vlarl_ray.weights.update import WeightUpdate
 
 RNG = np.random.default_rng(0)
@@ -39,8 +39,11 @@ def test_a_tensor_that_differs_or_is_dropped_is_named(server, message):
         compare_digests(learner, update_digests(make_update(**server)), where="server 1", version=3)
 
 
-def compare(learner, server, previous, *, tolerance=1e-4, noise=1e-6):
-    return compare_probe(learner, server, previous, tolerance=tolerance, noise=noise, where="server 0", version=3)
+def compare(learner, server, previous, *, tolerance=1e-4):
+    comparison = ProbeComparison(tolerance=tolerance)
+    comparison.begin(2, previous)
+    comparison.begin(3, learner)
+    return comparison.compare(server, where="server 0")
 
 
 def test_a_right_server_passes_and_the_gap_is_reported():
@@ -60,6 +63,44 @@ def test_a_stale_server_is_caught_even_where_the_change_is_below_the_tolerance()
 
 def test_an_update_that_changes_nothing_does_not_alarm():
     assert compare(OLD, OLD + NOISE, OLD) < 1e-4
+
+
+def draw(seed, size, shape=(8, 7)):
+    return (size * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+ROUNDING, BFLOAT16 = 0.07, 0.5
+"""Nats: rms of either's rounding in bfloat16, as measured on a small policy, and the tolerance that it needs."""
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("change", [0.0, 0.02, 0.1, 0.2])
+def test_in_bfloat16_a_right_server_passes_whatever_an_update_changes(seed, change):
+    comparison, exact = ProbeComparison(tolerance=BFLOAT16), draw(seed, 1.0)
+    for version in range(6):
+        exact = exact + draw(100 * seed + version, change)
+        rounding = ROUNDING * (0.4 if version == 0 else 1.0)  # adapters are zero, and so is what they add to it
+        comparison.begin(version, exact + draw(1000 + 100 * seed + version, rounding))
+        comparison.compare(exact + draw(2000 + 100 * seed + version, rounding), where="server 0")
+
+
+def test_in_bfloat16_a_stale_server_is_caught_within_the_tolerance_and_none_hides_the_next():
+    num_within = 0
+    for seed in range(20):
+        comparison = ProbeComparison(tolerance=BFLOAT16)
+        before = draw(seed, 1.0)
+        slightly = before + draw(500 + seed, 0.03)  # too little to tell versions apart
+        after = slightly + draw(1000 + seed, 0.17)
+        for version, exact in enumerate((before, slightly)):
+            comparison.begin(version, exact + draw(2000 + 10 * seed + version, ROUNDING / 2))
+            comparison.compare(before + draw(3000 + 10 * seed + version, ROUNDING / 2), where="server 0")
+        learner, stale = after + draw(4000 + seed, ROUNDING / 2), slightly + draw(5000 + seed, ROUNDING / 2)
+        comparison.begin(2, learner)
+        if np.abs(learner - stale).max() <= BFLOAT16:
+            num_within += 1
+            with pytest.raises(CanaryError, match="answers like version 1"):
+                comparison.compare(stale, where="server 0")
+    assert num_within >= 10
 
 
 def test_nan_never_passes():

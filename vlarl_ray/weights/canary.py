@@ -13,6 +13,8 @@ from vlarl_ray.types import ActRequest
 from vlarl_ray.weights.update import WeightUpdate
 
 _CONTINUOUS_PROBE_TEMPERATURE = 10.0
+_SIGMAS = 6.0
+"""Of the error that rounding makes: a right server would stop a run once in a billion publications."""
 
 
 class CanaryError(RuntimeError):
@@ -95,46 +97,68 @@ def make_probe(
     return Probe(request, rng.integers(token_ids.start, token_ids.stop, (rows, num_tokens)).astype(np.int32))
 
 
-def compare_probe(
-    learner: Float32[np.ndarray, "B L"],
-    server: Float32[np.ndarray, "B L"],
-    previous: Float32[np.ndarray, "B L"] | None,
-    *,
-    tolerance: float,
-    noise: float,
-    where: str,
-    version: int,
-) -> float:
-    """Require that a server scores the probe as the learner does at this version, and not as at the one before.
+class ProbeComparison:
+    """Compares the servers' scores of a probe with the learner's, one publication after another.
+
+    Two questions. The largest difference has to be within the tolerance, which is wide in bfloat16. And over the whole
+    probe a server has to have gone the way that the learner went since the version before: that finds a stale server
+    within the tolerance. Whatever lies across that way is rounding, and says how sure the answer is.
 
     Args:
-        learner: The learner's log-probabilities at this version.
-        server: The server's.
-        previous: The learner's at the version before; None at the first publication.
         tolerance: Largest accepted difference, nats.
-        noise: Largest difference seen between learner and servers when they held equal weights, nats.
-        where: Which server, for the message.
-        version: This version.
-
-    Returns:
-        The largest absolute log-probability difference, nats.
-
-    Raises:
-        CanaryError: If it exceeds `tolerance`, or the server is closer to the previous version although the two
-            versions differ by more than the noise.
     """
-    gap = float(np.abs(learner - server).max())
-    if not gap <= tolerance:
-        raise CanaryError(
-            f"version {version}, {where}: probe log-probabilities differ from the learner's by {gap:.3g} nats "
-            f"(allowed {tolerance:.3g}); the served weights are not version {version}."
-        )
-    if previous is not None:
-        change = float(np.abs(learner - previous).max())
-        gap_before = float(np.abs(server - previous).max())
-        if change > 4 * noise and gap_before < gap:
+
+    def __init__(self, *, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.version = -1
+        self.learner: Float32[np.ndarray, "B L"] | None = None
+        """The learner's log-probabilities at this version."""
+        self._previous: Float32[np.ndarray, "B L"] | None = None
+        """The same at the publication before; None at the first."""
+
+    def begin(self, version: int, learner: Float32[np.ndarray, "B L"]) -> None:
+        """Take the learner's log-probabilities of a new version."""
+        self.version, self.learner, self._previous = version, learner, self.learner
+
+    def compare(self, server: Float32[np.ndarray, "B L"], *, where: str) -> float:
+        """Require that a server scores the probe as the learner does at this version, and not as at the one before.
+
+        Returns:
+            The largest absolute log-probability difference, nats.
+
+        Raises:
+            CanaryError: If it exceeds the tolerance, or the server stayed at the version before.
+        """
+        assert self.learner is not None
+        gap = float(np.abs(self.learner - server).max())
+        if not gap <= self.tolerance:
             raise CanaryError(
-                f"version {version}, {where}: the server answers like version {version - 1} "
-                f"(distance {gap_before:.3g}) rather than {version} (distance {gap:.3g})."
+                f"version {self.version}, {where}: probe log-probabilities differ from the learner's by {gap:.3g} nats "
+                f"(allowed {self.tolerance:.3g}); the served weights are not version {self.version}."
             )
-    return gap
+        if self._previous is not None:
+            share, least = _way_gone(self._previous, self.learner, server)
+            if share < least:
+                raise CanaryError(
+                    f"version {self.version}, {where}: the server answers like version {self.version - 1} rather than "
+                    f"{self.version}: on the probe it went {share:.2f} of the way between them, {least:.2f} at least "
+                    "would be rounding."
+                )
+        return gap
+
+
+def _way_gone(
+    previous: Float32[np.ndarray, "B L"], learner: Float32[np.ndarray, "B L"], server: Float32[np.ndarray, "B L"]
+) -> tuple[float, float]:
+    """Return the server's share of the way from one version to the next, and the least that a right one goes.
+
+    A right server goes all of it and a stale one nothing, each but for rounding: it shortens the way of a right one by
+    up to its square where it is the learner's, and adds an error that falls with the number of probe values.
+    """
+    change, moved = (scores.astype(np.float64).ravel() - previous.ravel() for scores in (learner, server))
+    length = float(np.linalg.norm(change))
+    if length == 0.0:
+        return 1.0, 0.5
+    share = float(moved @ change) / length**2
+    rounding = float(np.linalg.norm(moved - share * change)) / length
+    return share, min(0.5, 1.0 - rounding**2 - _SIGMAS * rounding / change.size**0.5)

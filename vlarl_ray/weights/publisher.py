@@ -15,7 +15,7 @@ import numpy as np
 
 from vlarl_ray.transport import Transport
 from vlarl_ray.types import ActRequest
-from vlarl_ray.weights.canary import CanaryError, Probe, compare_digests, compare_probe
+from vlarl_ray.weights.canary import CanaryError, Probe, ProbeComparison, compare_digests
 from vlarl_ray.weights.channel import TransferError
 from vlarl_ray.weights.delivery import Delivery, ObjectStoreDelivery
 from vlarl_ray.weights.update import LoadReport
@@ -86,15 +86,13 @@ class WeightPublisher:
         self._servers = list(servers)
         self._transport = transport
         self._probe = probe
-        self._tolerance = tolerance
+        self._comparison = ProbeComparison(tolerance=tolerance)
         self._deadline_s = deadline_s
         self._keeper = keeper
         self._delivery = delivery or ObjectStoreDelivery(servers, transport)
         self._fallbacks = 0
         self._published: tuple[int, Any, Mapping[str, str]] | None = None
         self._expected: dict[tuple[str, str], Mapping[str, str]] = {}
-        self._previous: np.ndarray | None = None
-        self._noise = 0.0
         self._lock = threading.Lock()
 
     def publish(self, version: int) -> dict[str, float]:
@@ -130,12 +128,9 @@ class WeightPublisher:
         if self._published is None or not self._lock.acquire(blocking=False):
             return
         try:
-            version, reference, _ = self._published
-            self._finish_load(index, self._transport.call(self._servers[index], "load", reference))
+            self._finish_load(index, self._transport.call(self._servers[index], "load", self._published[1]))
             answer = self._finish_probe(index, self._ask_probe(index))
-            assert self._previous is not None  # of this version, as its publication was completed
-            request = self._request(version)
-            self._compare(index, request, answer, self._previous, None, where=f"server {index}, restarted")
+            self._compare(index, answer, where=f"server {index}, restarted")
         finally:
             self._lock.release()
 
@@ -156,7 +151,7 @@ class WeightPublisher:
             self._revive(index, error)
             report = self._get(self._transport.call(self._servers[index], "load", reference), _LOADING)
         compare_digests(digests, report.digests, where=f"server {index}", version=version)
-        if report.checksums:
+        if report.checksums is not None:
             kind = (report.dtype, report.lora)
             if kind not in self._expected:
                 self._expected[kind] = self._learner.expected_checksums(reference, *kind)
@@ -166,11 +161,8 @@ class WeightPublisher:
 
     def _ask_probe(self, index: int) -> Any:
         assert self._published is not None
-        request = self._request(self._published[0])
+        request = replace(self._probe.request, policy_version=self._published[0])
         return self._transport.call(self._servers[index], "logprobs", request, self._probe.tokens)
-
-    def _request(self, version: int) -> ActRequest:
-        return replace(self._probe.request, policy_version=version)
 
     def _finish_probe(self, index: int, handle: Any) -> np.ndarray:
         """Wait for a server's scores; a server that was lost meanwhile gets update and probe once more."""
@@ -193,41 +185,18 @@ class WeightPublisher:
 
     def _compare_probe(self, version: int) -> float:
         scored = [self._ask_probe(index) for index in range(len(self._servers))]
-        request = self._request(version)
-        expected = self._learner.logprobs(request, self._probe.tokens)
+        request = replace(self._probe.request, policy_version=version)
+        self._comparison.begin(version, self._learner.logprobs(request, self._probe.tokens))
         answers = [self._finish_probe(index, handle) for index, handle in enumerate(scored)]
-        gaps = [
-            self._compare(index, request, answer, expected, self._previous, where=f"server {index}")
-            for index, answer in enumerate(answers)
-        ]
-        self._noise = max(self._noise, *gaps)
-        self._previous = expected
-        return max(gaps)
+        return max(self._compare(index, answer, where=f"server {index}") for index, answer in enumerate(answers))
 
-    def _compare(
-        self,
-        index: int,
-        request: ActRequest,
-        answer: np.ndarray,
-        expected: np.ndarray,
-        previous: np.ndarray | None,
-        *,
-        where: str,
-    ) -> float:
-        """Compare a server's answer, see `compare_probe`; where it is wrong, the server is asked what is wrong."""
-        version = request.policy_version
+    def _compare(self, index: int, answer: np.ndarray, *, where: str) -> float:
+        """Compare a server's answer, see `ProbeComparison`; where it is wrong, the server is asked what is wrong."""
         try:
-            return compare_probe(
-                expected,
-                answer,
-                previous,
-                tolerance=self._tolerance,
-                noise=self._noise,
-                where=where,
-                version=version,
-            )
+            return self._comparison.compare(answer, where=where)
         except CanaryError as error:
-            question = (request, self._probe.tokens, expected, self._tolerance)
+            request = replace(self._probe.request, policy_version=self._comparison.version)
+            question = (request, self._probe.tokens, self._comparison.learner, self._comparison.tolerance)
             try:
                 asked = self._transport.call(self._servers[index], "diagnose", *question)
                 [found] = self._transport.get([asked], timeout_s=self._deadline_s, what="finding out what is wrong")

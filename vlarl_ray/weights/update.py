@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -71,9 +71,10 @@ class LoadReport:
     delta_kept: float
     """Projection of the served weight change on the one asked for: 1 if rounding lost nothing."""
     seconds: float
-    checksums: Mapping[str, str] = field(default_factory=dict)
-    """`weights.merge.checksum` of each tensor as it entered the loader, by official name; none where nothing is loaded
-    that the engine could not read back. Under `lora: native`, of the adapters in place, see `adapter_checksums`."""
+    checksums: Mapping[str, str] | None = None
+    """`weights.merge.checksum` of each tensor as it entered the loader, by official name; None from an engine that has
+    no loader, and reads back itself what it holds. Under `lora: native`, of the adapters in place, see
+    `adapter_checksums`."""
     dtype: str = ""
     """Precision of those tensors."""
     lora: Literal["merged", "native"] = "merged"
