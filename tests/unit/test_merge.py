@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from vlarl_ray.models.weight_files import WeightFiles
+from vlarl_ray.weights import merge as merge_module
 from vlarl_ray.weights.merge import (
     DeltaMeter,
     checksum,
@@ -70,7 +73,28 @@ def test_in_fp32_nothing_is_rounded():
     update = make_update(0.1, scale=2.0)
     a, b = (torch.from_numpy(part) for part in update.adapters[NAME])
     served = merge(NAME, base(torch.float32), update, dtype=torch.float32)
-    assert torch.equal(served, base(torch.float32) + 2.0 * (b @ a))
+    torch.testing.assert_close(served, base(torch.float32) + 2.0 * (b @ a), rtol=0, atol=1e-6)
+    assert served.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_is_the_same_bits_however_it_is_computed(dtype, monkeypatch):
+    """Learner and server may compute on other devices, and their checksums have to be equal."""
+    update = make_update(0.1, scale=2.0)
+    a, b = update.adapters[NAME]
+    total = np.zeros((ROWS, COLUMNS), np.float32)
+    for rank in range(RANK):  # NumPy's kernels: each operation rounds once, ranks come in their order
+        total += b[:, rank, None] * a[rank]
+    target = torch.from_numpy(base(dtype).float().numpy() + total * np.float32(2.0))
+    expected = round_dithered(target, dtype, salt=zlib.crc32(NAME.encode()))
+    for part in (1, 7 * COLUMNS, 1 << 30):
+        monkeypatch.setattr(merge_module, "_CPU_PART", part)
+        meter = DeltaMeter()
+        served = merge(NAME, base(dtype), update, dtype=dtype, meter=meter)
+        assert checksum(served) == checksum(expected)
+        assert meter.share == pytest.approx(1.0, abs=0.01)
+    product = base(dtype).float() + 2.0 * (torch.from_numpy(b) @ torch.from_numpy(a))
+    assert not torch.equal(product, target)  # a matrix product would not do
 
 
 def test_a_checksum_sees_every_bit_and_the_order():
@@ -91,6 +115,9 @@ def test_fused_groups_are_loaded_whole():
     update = make_update(0.1, name=f"{layer}.v_proj.weight")
     names = names_to_load(update, pristine, [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")])
     assert names == [f"{layer}.{part}_proj.weight" for part in "kqv"] + ["value_head.0.weight"]
+    pristine += [f"{layer}.q_proj.bias", f"{layer}.o_proj.bias", "value_head.0.bias"]
+    with_biases = names_to_load(update, pristine, [("q_proj", "k_proj", "v_proj")])
+    assert set(with_biases) - set(names) == {f"{layer}.q_proj.bias", "value_head.0.bias"}
     with pytest.raises(ValueError, match="which the served model does not have"):
         names_to_load(make_update(0.1), pristine, [])
 

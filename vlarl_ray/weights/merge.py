@@ -18,7 +18,6 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from vlarl_ray.models.heads import HEADS
-from vlarl_ray.models.lora import merged_weight
 from vlarl_ray.models.weight_files import WeightFiles
 from vlarl_ray.weights.update import WeightUpdate, from_named_arrays, named_arrays
 
@@ -27,7 +26,9 @@ _MIX = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers that vLLM's Llama keeps in one tensor."""
 _PART = 1 << 22
-"""Elements fingerprinted or rounded at once: bounds the temporaries."""
+"""Elements merged, rounded or fingerprinted at once: bounds the temporaries."""
+_CPU_PART = 1 << 15
+"""Elements merged at once on CPUs, whose caches they fit."""
 
 
 @dataclass
@@ -61,18 +62,38 @@ def merge(
         return as_tensor(update.tensors[name], pristine.device).to(dtype)
     if name not in update.adapters:
         return pristine.to(dtype, copy=True)
-    base = pristine.to(dtype).float()  # as the learner's frozen weights are
     a, b = (as_tensor(part, pristine.device) for part in update.adapters[name])
-    target = merged_weight(base, a, b, update.lora_scale)
-    served = round_dithered(target, dtype, salt=zlib.crc32(name.encode()))
-    if meter is not None:
-        delta = (target - base).double()
-        meter.kept += float(((served.float() - base).double() * delta).sum())
-        meter.asked += float((delta * delta).sum())
+    served, salt = torch.empty(pristine.shape, dtype=dtype, device=pristine.device), zlib.crc32(name.encode())
+    rows, width = pristine.shape
+    step = max(1, (_PART if pristine.device.type == "cuda" else _CPU_PART) // width)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        base = pristine[part].to(dtype).float()  # as the learner's frozen weights are
+        target = add_adapter(base, a, b[part], update.lora_scale)
+        served[part] = round_dithered(target, dtype, salt=salt, first=start * width)
+        if meter is not None:
+            delta = (target - base).double()
+            meter.kept += float(((served[part].float() - base).double() * delta).sum())
+            meter.asked += float((delta * delta).sum())
     return served
 
 
-def round_dithered(target: Float[Tensor, "..."], dtype: torch.dtype, *, salt: int) -> Tensor:
+def add_adapter(
+    base: Float[Tensor, "o i"], a: Float[Tensor, "r i"], b: Float[Tensor, "o r"], scale: float
+) -> Float[Tensor, "o i"]:
+    """Compute `base + scale * b @ a` in fp32, to the same bits on every device.
+
+    A matrix product sums in an order of its own choosing, which differs between devices, their generations and settings
+    (TF32): learner and server would not have equal checksums. Here the ranks are added one by one, and each operation
+    is a kernel of its own, which no compiler can fuse into one that rounds once.
+    """
+    delta = torch.zeros_like(base)
+    for row, column in zip(a, b.T, strict=True):
+        delta += column[:, None] * row
+    return base + delta * scale
+
+
+def round_dithered(target: Float[Tensor, "..."], dtype: torch.dtype, *, salt: int, first: int = 0) -> Tensor:
     """Round fp32 numbers to `dtype`, each up or down with the odds that make the mean right.
 
     Rounding to nearest swallows changes below half a step of bf16, which after one update is nearly all of them. The
@@ -83,6 +104,7 @@ def round_dithered(target: Float[Tensor, "..."], dtype: torch.dtype, *, salt: in
         target: Finite numbers.
         dtype: float32 (a copy) or bfloat16.
         salt: Of this tensor's dither.
+        first: Index of the first of them, where they are part of a tensor.
     """
     if dtype == torch.float32:
         return target.clone()
@@ -90,7 +112,8 @@ def round_dithered(target: Float[Tensor, "..."], dtype: torch.dtype, *, salt: in
     rounded = torch.empty(flat.shape, dtype=torch.int32, device=flat.device)
     for start in range(0, len(flat), _PART):
         part = flat[start : start + _PART]
-        dither = _mixed(torch.arange(start, start + len(part), device=flat.device) + (salt << 31)) & 0xFFFF
+        index = torch.arange(first + start, first + start + len(part), device=flat.device)
+        dither = _mixed(index + (salt << 31)) & 0xFFFF
         # bf16 is the upper half of fp32: adding to the lower half carries over with the odds wanted, for either sign
         rounded[start : start + len(part)] = (part + dither.to(torch.int32)) & -0x10000
     return rounded.view(torch.float32).view(target.shape).to(dtype)
@@ -112,9 +135,10 @@ def checksum(tensor: Tensor) -> str:
 
 
 def names_to_load(update: WeightUpdate, pristine: Iterable[str], groups: Iterable[tuple[str, ...]]) -> list[str]:
-    """Say which tensors a server loads: those that the update changes, and the rest of their fused groups.
+    """Say which tensors a server loads: those that the update changes, the rest of their modules and fused groups.
 
-    A server that keeps q, k and v in one tensor gets them all, or the parts that are missing would be garbage.
+    A server that keeps q, k and v in one tensor gets them all, or the parts that are missing would be garbage. A layer
+    that does not get its bias, too, is kept back by vLLM's loader until the end, with all its weights.
 
     Args:
         update: What changes.
@@ -129,13 +153,11 @@ def names_to_load(update: WeightUpdate, pristine: Iterable[str], groups: Iterabl
     if not wanted <= known:
         unknown = ", ".join(sorted(wanted - known))
         raise ValueError(f"weight update names {unknown!r}, which the served model does not have.")
-    for group in groups:
-        for name in list(wanted):
-            module, _, kind = name.rpartition(".")
-            parent, _, last = module.rpartition(".")
-            if last in group:
-                wanted |= {f"{parent}.{other}.{kind}" for other in group} & known
-    return sorted(wanted)
+    modules = {name.rpartition(".")[0] for name in wanted}
+    for module in list(modules):
+        parent, _, last = module.rpartition(".")
+        modules |= {f"{parent}.{other}" for group in groups if last in group for other in group}
+    return sorted(name for name in known if name.rpartition(".")[0] in modules)
 
 
 def served_names(update: WeightUpdate, pristine: Iterable[str]) -> list[str]:
