@@ -508,9 +508,11 @@ class TrustConfig:
     deterministic: bool = False
     """Pad inference batches to a fixed shape, so that a run is bit-reproducible (CPU, lag 0)."""
     sampler_ratio_tolerance: PositiveFloat = 1e-4
-    """Largest accepted |ratio - 1| between learner and engine; the default is for fp32, about 0.5 for bf16."""
+    """Largest accepted |ratio - 1| between learner and engine: of any decision in fp32, in bf16 (there about 0.5) the
+    root mean square over an update's decisions, nats."""
     canary_tolerance: PositiveFloat = 1e-4
-    """Largest accepted log-probability difference between server and learner on the probe batch, nats; as above."""
+    """Largest accepted log-probability difference between server and learner on the probe batch, nats; about 0.5 in
+    bf16."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

@@ -51,6 +51,7 @@ def test_only_decisions_of_the_current_version_are_compared_with_the_engine_f45(
     found = check_sampler_ratio(as_group(trajectory), [Scores(None, logprobs)], version=5, tolerance=1e-4)
     assert found == {
         "learn/sampler_ratio_max_error": 0.0,
+        "learn/sampler_ratio_rms_error": 0.0,
         "learn/sampler_ratio_decisions": 2.0,
         "learn/policy_age_mean": pytest.approx(1 / 3),
         "learn/policy_age_max": 1.0,

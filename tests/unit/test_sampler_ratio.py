@@ -59,3 +59,17 @@ def test_tokens_that_were_never_executed_do_not_count():
     assert scores[0].logprobs is not None
     scores[0].logprobs[2, 4:] += 1.0  # success at step 10 leaves the last two steps of the third chunk unexecuted
     assert check_sampler_ratio(groups, scores, version=0, tolerance=1e-4)["learn/sampler_ratio_max_error"] == 0.0
+
+
+def test_in_bfloat16_one_decision_far_out_passes_and_all_of_them_a_little_out_do_not():
+    groups = make_groups()
+    scores = make_scores(groups, slot_1=0.9)
+    found = check_sampler_ratio(groups, scores, version=0, tolerance=0.5, exact=False)
+    assert found["learn/sampler_ratio_max_error"] > 0.5
+    assert found["learn/sampler_ratio_rms_error"] == pytest.approx(0.3, rel=1e-5)  # of nine decisions
+    for score in scores:
+        score.logprobs[:, 0] += 0.6
+    with pytest.raises(
+        SamplerMismatchError, match=r"0\.\d+ nats away from 1 in the root mean square .*slot 1, decision 0"
+    ):
+        check_sampler_ratio(groups, scores, version=0, tolerance=0.5, exact=False)

@@ -103,6 +103,9 @@ _LEARN = {
     "learn/sampler_ratio_max_error": Metric(
         "1", "Largest |exp(learner - engine log-probability) - 1|, before any step."
     ),
+    "learn/sampler_ratio_rms_error": Metric(
+        "nats", "Root mean square of a decision's learner - engine log-probability, before any step."
+    ),
     "learn/sampler_ratio_decisions": Metric("decisions", "Decisions that the sampler ratio was taken on."),
     "learn/policy_age_mean": Metric("updates", "Updates between a decision's weights and those it is learned under."),
     "learn/policy_age_max": Metric("updates", "The largest of these; at most rollout.max_policy_lag."),
