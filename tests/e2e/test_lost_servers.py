@@ -67,13 +67,25 @@ class SilentWorker:
         return EpisodeFailure(task, "answered after all", 0), None
 
 
-@pytest.mark.parametrize(("are_there", "reason"), [(False, "answered after all"), (True, "env worker 0 hung")])
-def test_a_worker_that_waits_for_a_server_is_not_taken_for_hung(tmp_path, are_there, reason):
+def mends_a_server_for_6_s() -> bool:
+    time.sleep(6)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("check", "reason"),
+    [
+        (lambda: False, "answered after all"),
+        (mends_a_server_for_6_s, "answered after all"),
+        (lambda: True, "env worker 0 hung"),
+    ],
+)
+def test_a_worker_that_waits_for_a_server_is_not_taken_for_hung(tmp_path, check, reason):
     cfg = toy_config(tmp_path)
     [task, *_] = TaskSampler(make_suite(cfg.env), cfg, run_id="silent").training_tasks(0, version=0)
     worker = ray.remote(SilentWorker).options(num_cpus=0.1).remote()
     ray.get(worker.__ray_ready__.remote())
-    pool = RayPool([worker], seats_per_worker=1, deadline_s=2.0, check_servers=lambda: are_there)
+    pool = RayPool([worker], seats_per_worker=1, deadline_s=2.0, check_servers=check)
     pool.submit(task)
     [outcome] = pool.collect()
     assert isinstance(outcome, EpisodeFailure)

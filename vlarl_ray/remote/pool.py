@@ -37,8 +37,8 @@ class RayPool:
             driver.
         deadline_s: A worker that has episodes and returns none for this long counts as hung: it is killed (Ray
             restarts it) and all its episodes come back as failures, to be redone.
-        check_servers: Called now and then while waiting; says whether the servers are there. While one is not, the
-            clock of `deadline_s` stands still, as workers without a server return nothing.
+        check_servers: Called now and then while waiting; says whether the servers are there. While one is not, and
+            while this call mends one, the clock of `deadline_s` stands still: workers without a server return nothing.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class RayPool:
         ready: list[Any] = []
         while not ready:
             if self._check_servers and time.monotonic() > self._checked + _CHECK_S:
-                are_there = self._check_servers()
+                before, are_there = time.monotonic(), self._check_servers()
                 self._checked = time.monotonic()
-                if not are_there:
-                    self._last_sign = [self._checked] * len(self._workers)
+                took = self._checked - before
+                self._last_sign = [sign + took if are_there else self._checked for sign in self._last_sign]
             oldest = min(self._last_sign[running.worker] for running in self._running.values())
             left = max(0.0, oldest + self._deadline_s - time.monotonic())
             ready, _ = ray.wait(list(self._running), num_returns=1, timeout=min(left, _CHECK_S))
