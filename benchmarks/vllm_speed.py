@@ -34,7 +34,7 @@ from vlarl_ray.config import InferenceConfig, LoraConfig, VllmConfig
 from vlarl_ray.inference.torch_server import TorchEngine
 from vlarl_ray.models import new_policy
 from vlarl_ray.types import ActRequest
-from vlarl_ray.vllm_checks import adapted_linears
+from vlarl_ray.vllm_sizes import adapted_linears
 from vlarl_ray.weights.update import WeightUpdate
 
 LORA = LoraConfig(rank=32, target_modules="language_model.*")
@@ -94,7 +94,7 @@ def bare_vllm(folder: Path, *, processes: str) -> Case:
     from vlarl_ray.inference.vllm_folder import link_policy
     from vlarl_ray.inference.vllm_rows import request_seed
     from vlarl_ray.models.policy import empty_model
-    from vlarl_ray.vllm_checks import needed_len
+    from vlarl_ray.vllm_sizes import needed_len
 
     policy, _ = empty_model(folder)
     model_len, sequences = needed_len(MODEL), InferenceConfig().vllm.max_num_seqs

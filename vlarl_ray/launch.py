@@ -339,6 +339,8 @@ def _inline_processes(cfg: ExperimentConfig, policy_dir: Path, stack: ExitStack,
         _LOG.info(
             "--inline: one learner rank instead of %d; the update is the same up to rounding", cfg.learner.num_ranks
         )
+    if "cuda" in (cfg.inference.device, cfg.learner.device):
+        _LOG.warning("one process, without Ray, runs on CPUs; inference.device and learner.device = cuda are not used")
     engine = make_engine(cfg, policy_dir)
     stack.callback(engine.close)
     num_envs = cfg.rollout.num_workers * cfg.rollout.envs_per_worker

@@ -26,8 +26,9 @@ from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.lora import adapter_dropout, attach_lora
 from vlarl_ray.models.policy import DTYPES
 from vlarl_ray.registry import ALGORITHMS, MODELS, resolve
-from vlarl_ray.vllm_checks import (
+from vlarl_ray.vllm_sizes import (
     VLLM_CPU_CACHE_BYTES,
+    ServedSizes,
     adapter_copies_bytes,
     adapter_slot_bytes,
     gpu_memory_problem,
@@ -96,13 +97,13 @@ def vllm_need(cfg: ExperimentConfig, *, gpu_bytes: int | None) -> tuple[str, str
         cfg: The job; `cfg.model` describes the policy.
         gpu_bytes: Memory of one GPU; None where it is unknown, and nothing is compared.
     """
-    served = [p.numel() for name, p in _empty_model(cfg.model).named_parameters() if not name.startswith(HEADS)]
+    parameters = _empty_model(cfg.model).named_parameters()
+    sizes = ServedSizes.of((name, p.numel()) for name, p in parameters if not name.startswith(HEADS))
     lora = cfg.learner.lora if cfg.inference.vllm.lora == "native" else None
-    sizes = {"weight_values": sum(served), "largest_values": max(served)}
-    _, sum_of_parts = gpu_need(cfg.inference, cfg.model, lora=lora, **sizes)
+    _, sum_of_parts = gpu_need(cfg.inference, cfg.model, sizes, lora)
     if gpu_bytes is None:
         return sum_of_parts, None
-    return sum_of_parts, gpu_memory_problem(cfg.inference, cfg.model, gpu_bytes=gpu_bytes, lora=lora, **sizes)
+    return sum_of_parts, gpu_memory_problem(cfg.inference, cfg.model, sizes, lora, gpu_bytes=gpu_bytes)
 
 
 def _plan_rank(cfg: ExperimentConfig, proprio_dim: int, *, is_sharded: bool) -> Iterator[MemoryPart]:
@@ -156,9 +157,9 @@ def _plan_server(cfg: ExperimentConfig, proprio_dim: int) -> Iterator[MemoryPart
         yield MemoryPart(process, "adapters", adapter_slot_bytes(*sizes))
         if not on_gpu:
             yield MemoryPart(process, "applying adapters", adapter_copies_bytes(*sizes))
-    elif is_vllm:  # while it merges: a tensor in fp32, its change, and the rounded result
+    elif is_vllm:  # a pristine tensor, the merged one, and vLLM's copy of it
         largest = max(p.numel() for p in parameters)
-        yield MemoryPart(process, "merging", largest * (8 + _BYTES[inference.dtype]))
+        yield MemoryPart(process, "merging", 3 * largest * _BYTES[inference.dtype])
 
 
 def _activation_bytes(cfg: ExperimentConfig, model: ChunkPolicyModel, proprio_dim: int) -> int:

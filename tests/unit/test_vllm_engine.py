@@ -260,6 +260,27 @@ def test_an_update_of_another_model_is_named_and_leaves_an_engine_that_refuses(e
         engine.sample(make_request(1, version=43))
 
 
+def test_a_row_that_fails_takes_its_request_with_it_and_no_other(engine, learner, publisher, monkeypatch):
+    publisher.publish(44)
+    vllm, names = engine._engine, []
+    generate = vllm.generate
+
+    def failing(prompt, parameters, *, request_id, lora_request):
+        names.append(request_id)
+        if len(names) == 3:
+            raise ValueError("the third row")
+        return generate(prompt, parameters, request_id=request_id, lora_request=lora_request)
+
+    monkeypatch.setattr(vllm, "generate", failing)
+    with pytest.raises(ValueError, match="the third row"):
+        engine.sample(make_request(3, version=44))
+    monkeypatch.undo()
+    assert vllm.output_processor.get_num_unfinished_requests() == 0
+    request = make_request(12, version=44)
+    assert gap(learner, request, engine.sample(request)) < 1e-4
+    publisher.publish(45)  # nothing of it is left for the gate to wait for, or in the engine
+
+
 def test_the_plug_in_is_found_by_vllm_and_may_be_registered_again():
     [entry] = importlib.metadata.entry_points(group="vllm.general_plugins", name="vlarl_ray")
     register = entry.load()

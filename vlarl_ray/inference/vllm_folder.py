@@ -12,7 +12,7 @@ from vlarl_ray.inference.vllm_plugin import ARCHITECTURE, MODEL_TYPE
 from vlarl_ray.models.llama import RMS_NORM_EPS, ROPE_THETA
 from vlarl_ray.models.openvla import padded_vocab_size
 from vlarl_ray.models.policy import describe_policy, policy_weights
-from vlarl_ray.vllm_checks import needed_len
+from vlarl_ray.vllm_sizes import needed_len
 
 BOS_TOKEN_ID = 1
 """Of Llama's vocabulary, and of ours."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vlarl_ray.config import LoraConfig, ModelConfig
-from vlarl_ray.vllm_checks import adapted_linears, lora_slot_rank
+from vlarl_ray.vllm_sizes import adapted_linears, lora_slot_rank
 from vlarl_ray.weights.adapters import adapter_checksums, expected_adapters, scaled_adapter
 from vlarl_ray.weights.canary import update_digests
 from vlarl_ray.weights.merge import read_update

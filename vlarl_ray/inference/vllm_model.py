@@ -35,7 +35,7 @@ from vlarl_ray.inference.vllm_folder import BOS_TOKEN_ID, placeholder_token
 from vlarl_ray.models.heads import HEADS
 from vlarl_ray.models.openvla import Projector, VisionBackbone
 from vlarl_ray.models.preprocessing import preprocess
-from vlarl_ray.vllm_checks import num_patches
+from vlarl_ray.vllm_sizes import num_patches
 
 
 class _Info(BaseProcessingInfo):

@@ -13,19 +13,22 @@ import signal
 ARCHITECTURE = "VlarlOpenVLAForActionPrediction"
 MODEL_TYPE = "vlarl_openvla"
 """Not `openvla`: vLLM has a config and a model of that name, for 224-pixel towers of timm's only."""
+ENGINE_OF = "VLARL_RAY_ENGINE_OF"
+"""Environment variable of the processes of our engines: other users of vLLM load this plug-in too."""
 _PR_SET_PDEATHSIG = 1
 """Of Linux's `prctl`."""
 
 
 def register() -> None:
-    """Make the config and model known to transformers and vLLM."""
+    """Make the config and model known to transformers and vLLM; tie processes of our engines to their parent."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
     from vlarl_ray.inference.vllm_hf_config import VlarlOpenVLAConfig
 
     AutoConfig.register(MODEL_TYPE, VlarlOpenVLAConfig, exist_ok=True)
-    die_with_parent()
+    if ENGINE_OF in os.environ:
+        die_with_parent()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         # as text: the processes of an engine are spawned, and import it only where they build the model
         ModelRegistry.register_model(ARCHITECTURE, "vlarl_ray.inference.vllm_model:VlarlOpenVLAForActionPrediction")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +47,7 @@ class Rows:
     async def sampled(self, request: ActRequest) -> list[Any]:
         """Sample the action tokens of every row; their log-probabilities come with them."""
         group, size = f"request-{next(self._names)}", len(request)
-        inputs = self._inputs(request, [(row, ()) for row in range(size)])
+        inputs = await asyncio.to_thread(self._inputs, request, [(row, ()) for row in range(size)])
         seeds: list[dict[str, Any]] = [{} for _ in inputs]
         if request.temperature > 0:
             seeds = [{"seed": request_seed(key)} for key in request.noise_keys]
@@ -60,7 +61,8 @@ class Rows:
         """Score given tokens: each is asked for after those before it, in a generation of its own."""
         cells = list(np.ndindex(*tokens.shape))
         wanted = [int(tokens[cell]) for cell in cells]
-        inputs = self._inputs(request, [(row, tokens[row, :index].tolist()) for row, index in cells])
+        parts = [(row, tokens[row, :index].tolist()) for row, index in cells]
+        inputs = await asyncio.to_thread(self._inputs, request, parts)
         options = [{"max_tokens": 1, "logprobs": 1, "logprob_token_ids": [token]} for token in wanted]
         completions = await self._completed(request.temperature, inputs, options)
         scores = [c.logprobs[0][token].logprob for c, token in zip(completions, wanted, strict=True)]
@@ -125,7 +127,18 @@ class Rows:
             )
             return [answer async for answer in answers][-1].outputs[0]
 
-        return await asyncio.gather(*map(completion, inputs, options))
+        return await all_or_none([completion(*both) for both in zip(inputs, options, strict=True)])
+
+
+async def all_or_none(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Wait for all results; where one fails, the others are cancelled and waited for: none outlives its request."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def request_seed(noise_key: np.ndarray) -> int:
