@@ -20,6 +20,8 @@ from vlarl_ray.weights.canary import make_probe
 from vlarl_ray.weights.publisher import WeightPublisher
 
 SIDE, SCALE = 32, 2.0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Of the engines under test: GPUs run another model runner of vLLM's, by the same tests."""
 
 
 def save_served_policy(folder: Path) -> None:

@@ -7,7 +7,7 @@ import socket
 import numpy as np
 import pytest
 
-from tests.vllm_serving import SCALE, make_publisher, make_request, save_served_policy
+from tests.vllm_serving import DEVICE, SCALE, make_publisher, make_request, save_served_policy
 from vlarl_ray.config import AlgorithmConfig, ExperimentConfig, InferenceConfig, LearnerConfig, LoraConfig, VllmConfig
 from vlarl_ray.learner.build import build_learner
 
@@ -45,7 +45,8 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     save_served_policy(folder)
     vllm = VllmConfig(kv_cache_bytes=1 << 27)
-    engine = VllmEngine(folder, InferenceConfig(engine="vllm", dtype="bfloat16", vllm=vllm), deterministic=False)
+    cfg = InferenceConfig(engine="vllm", dtype="bfloat16", vllm=vllm)
+    engine = VllmEngine(folder, cfg, deterministic=False, device=DEVICE)
     learner, exact = make_learner(folder, "bfloat16"), make_learner(folder, "float32")
     publisher = make_publisher(engine, learner, tolerance=1.0)
     yield engine, learner, exact, publisher

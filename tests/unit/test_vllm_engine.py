@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.broadcasts import Rank, Server, broadcasting_publisher
 from tests.small_openvla import tiny
 from tests.vllm_faults import DROPPED, SWAPPED
-from tests.vllm_serving import SCALE, gap, make_learner, make_publisher, make_request, save_served_policy, train
+from tests.vllm_serving import DEVICE, SCALE, gap, make_learner, make_publisher, make_request, save_served_policy, train
 from vlarl_ray.config import InferenceConfig, VllmConfig
 from vlarl_ray.inference.base import EngineLostError, WrongVersionError
 from vlarl_ray.inference.torch_server import TorchEngine
@@ -43,7 +43,7 @@ def engine(folder):
     # prefix caching in blocks shorter than a prompt, so that what is stale can be found
     vllm = VllmConfig(enable_prefix_caching=True, block_size=32, kv_cache_bytes=1 << 27)
     cfg = InferenceConfig(engine="vllm", vllm=vllm)
-    engine = VllmEngine(folder, cfg, deterministic=False, worker_class="tests.vllm_faults.FaultyLoading")
+    engine = VllmEngine(folder, cfg, deterministic=False, device=DEVICE, worker_class="tests.vllm_faults.FaultyLoading")
     yield engine
     engine.close()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.vllm_faults import CHANGED, DROPPED, SWAPPED
-from tests.vllm_serving import gap, make_learner, make_publisher, make_request, save_served_policy, train
+from tests.vllm_serving import DEVICE, gap, make_learner, make_publisher, make_request, save_served_policy, train
 from vlarl_ray.config import InferenceConfig, LoraConfig, VllmConfig
 from vlarl_ray.inference.vllm_lora import lora_request
 from vlarl_ray.weights.canary import CanaryError, update_digests
@@ -40,6 +40,7 @@ def engine(folder, learner):
         folder,
         InferenceConfig(engine="vllm", vllm=vllm),
         deterministic=False,
+        device=DEVICE,
         lora=LoraConfig(rank=3, target_modules=TARGET),
         worker_class="tests.vllm_faults.FaultyAdapters",
     )
