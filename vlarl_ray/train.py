@@ -193,8 +193,9 @@ def check_sampler_ratio(
     rms = (squares / count) ** 0.5 if count else 0.0
     if not (worst if exact else rms) <= tolerance:
         found = f"{worst:.3g} away from 1" if exact else f"{rms:.3g} nats away from 1 in the root mean square"
+        place = f"at {where}" if exact else f"and {worst:.3g} at {where}"
         raise SamplerMismatchError(
-            f"sampler_ratio is {found} (allowed {tolerance:.3g}), most of all at {where}: the engine samples from "
+            f"sampler_ratio is {found} (allowed {tolerance:.3g}) {place}: the engine samples from "
             "another distribution than the learner scores (stale weights, temperature, preprocessing or precision)."
         )
     return {
