@@ -32,6 +32,7 @@ from benchmarks._results import write_result
 from benchmarks.vllm_engine import INSTRUCTIONS, MODEL, request_of
 from vlarl_ray.config import InferenceConfig, LoraConfig, VllmConfig
 from vlarl_ray.inference.torch_server import TorchEngine
+from vlarl_ray.inference.vllm_plugin import ENGINE_OF
 from vlarl_ray.models import new_policy
 from vlarl_ray.types import ActRequest
 from vlarl_ray.vllm_sizes import adapted_linears
@@ -88,6 +89,7 @@ def bare_vllm(folder: Path, *, processes: str) -> Case:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
+        ENGINE_OF: "benchmark",  # its engine would outlive it
     }
     from vllm import LLM, SamplingParams
 

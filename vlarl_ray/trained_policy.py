@@ -14,11 +14,12 @@ from torch import Tensor
 from vlarl_ray.checkpoint import Checkpoint, CheckpointError, is_checkpoint, load, load_latest
 from vlarl_ray.config import ExperimentConfig
 from vlarl_ray.config_loader import config_from_json
-from vlarl_ray.models.lora import CRITIC, POLICY, merged_weight, official_name, save_adapter
+from vlarl_ray.models.lora import CRITIC, POLICY, official_name, save_adapter
 from vlarl_ray.models.policy import copy_policy, policy_weights
 from vlarl_ray.models.policy_export import export_policy
 from vlarl_ray.models.weight_files import WeightFiles
 from vlarl_ray.run_folder import CONFIG_FILE
+from vlarl_ray.weights.merge import merge
 from vlarl_ray.weights.update import WeightUpdate
 
 
@@ -53,14 +54,9 @@ def merged_tensors(weights: WeightFiles, update: WeightUpdate) -> Iterator[tuple
     if unknown:
         raise ValueError(f"the update holds {', '.join(unknown)}, which the policy lacks; it is of another policy.")
     for name, tensor in weights.read_rows(dict.fromkeys(weights, slice(None))):
-        if name in update.adapters:
-            # torch.tensor copies: arrays from the object store are read-only.
-            a, b = (torch.tensor(part) for part in update.adapters[name])
-            yield name, merged_weight(tensor.float(), a, b, update.lora_scale)
-        elif name in update.tensors:
-            yield name, torch.tensor(update.tensors[name])
-        else:
-            yield name, tensor
+        changes = name in update.adapters or name in update.tensors
+        # as servers merge it, to the bit
+        yield name, merge(name, tensor, update, dtype=torch.float32) if changes else tensor
 
 
 def export_checkpoint(source: Path, folder: Path) -> Path:

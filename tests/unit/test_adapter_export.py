@@ -109,7 +109,8 @@ def test_the_adapter_of_an_earlier_checkpoint_and_its_merged_policy_are_that_che
     plain = peft.PeftModel.from_pretrained(base, str(tmp_path / "first")).merge_and_unload()
     plain.load_state_dict(load_file(tmp_path / "first" / "heads.safetensors"), strict=False)
     for name, tensor in plain.state_dict().items():
-        assert torch.equal(merged.read(name), tensor), name  # PEFT merges to the same bits
+        # PEFT merges by a matrix product, which sums in another order than servers and exports do
+        torch.testing.assert_close(merged.read(name), tensor, rtol=0, atol=1e-6, msg=name)
 
 
 def test_the_base_of_a_run_from_a_published_checkpoint_is_that_checkpoint(run, tmp_path):
