@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from vlarl_ray.memory_plan import MemoryPlan
 
 _DISK_BYTES = 2 * 1024**3
-"""Packages whose public builds need CUDA's libraries."""
 
 
 @dataclass(frozen=True)
@@ -160,13 +159,6 @@ def check_engines() -> Finding:
         fix = "where there is no GPU, run pip uninstall vllm, then pip install --no-deps -r requirements.lock"
         return Finding("engines", False, f"torch; not vllm: {found} is the CUDA build, and no GPU works here", fix)
     return Finding("engines", True, f"torch, vllm ({found})")
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def check_rendering() -> Finding:

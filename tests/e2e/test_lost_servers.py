@@ -63,20 +63,28 @@ def test_a_server_that_cannot_start_says_why_and_is_not_waited_for(tmp_path):
 
 class SilentWorker:
     def run_episode(self, task):
-        time.sleep(5)
+        time.sleep(8)
         return EpisodeFailure(task, "answered after all", 0), None
 
 
-def mends_a_server_for_6_s() -> bool:
-    time.sleep(6)
-    return True
+class MendsAServer:
+    """Takes longer than a worker may, and less than the worker takes; then all is well."""
+
+    def __init__(self) -> None:
+        self.is_mended = False
+
+    def __call__(self) -> bool:
+        if not self.is_mended:
+            time.sleep(6)
+        self.is_mended = True
+        return True
 
 
 @pytest.mark.parametrize(
     ("check", "reason"),
     [
         (lambda: False, "answered after all"),
-        (mends_a_server_for_6_s, "answered after all"),
+        (MendsAServer(), "answered after all"),
         (lambda: True, "env worker 0 hung"),
     ],
 )
@@ -85,7 +93,7 @@ def test_a_worker_that_waits_for_a_server_is_not_taken_for_hung(tmp_path, check,
     [task, *_] = TaskSampler(make_suite(cfg.env), cfg, run_id="silent").training_tasks(0, version=0)
     worker = ray.remote(SilentWorker).options(num_cpus=0.1).remote()
     ray.get(worker.__ray_ready__.remote())
-    pool = RayPool([worker], seats_per_worker=1, deadline_s=2.0, check_servers=check)
+    pool = RayPool([worker], seats_per_worker=1, deadline_s=5.0, check_servers=check)
     pool.submit(task)
     [outcome] = pool.collect()
     assert isinstance(outcome, EpisodeFailure)

@@ -24,6 +24,7 @@ from vlarl_ray.launch import check_server_memory
 from vlarl_ray.models.lora import attach_lora, lora_layers
 from vlarl_ray.models.openvla import OpenVLA
 from vlarl_ray.warm_start import check_policy
+from vlarl_ray.weights import merge
 
 SERVED = ["--inference.engine", "vllm", "--model.decoding", "autoregressive"]
 NATIVE = ["--inference.vllm.lora", "native"]
@@ -251,6 +252,10 @@ def test_a_gpu_that_cannot_hold_a_server_is_refused_with_the_arithmetic():
     assert f"15.000 for weights + {32 * 8192 * 32 * 2 / 2**30:.3f} for adapters + 0.406 for keys" in str(
         problem(24, lora, gpu_memory_utilization=0.5)
     )
+
+
+def test_the_room_for_merging_is_that_of_the_parts_that_are_merged():
+    assert vllm_sizes._MERGED_AT_ONCE == merge._PART
 
 
 ON_GPU = ["jobs/smoke_vllm.yaml", "--cluster.gpus_per_server", "1", "--inference.vllm.gpu_memory_utilization", "0.5"]

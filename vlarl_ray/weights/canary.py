@@ -14,7 +14,7 @@ from vlarl_ray.weights.update import WeightUpdate
 
 _CONTINUOUS_PROBE_TEMPERATURE = 10.0
 _SIGMAS = 6.0
-"""Of the error that rounding makes: a right server would stop a run once in a billion publications."""
+"""Of the error that rounding makes, were it Gaussian: over thousands of publications no right server may stop a run."""
 
 
 class CanaryError(RuntimeError):

@@ -81,11 +81,12 @@ def merge(
 def add_adapter(
     base: Float[Tensor, "o i"], a: Float[Tensor, "r i"], b: Float[Tensor, "o r"], scale: float
 ) -> Float[Tensor, "o i"]:
-    """Compute `base + scale * b @ a` in fp32, to the same bits on every device.
+    """Compute `base + scale * b @ a` in fp32, in operations that IEEE 754 leaves one result: no device may differ.
 
     A matrix product sums in an order of its own choosing, which differs between devices, their generations and settings
     (TF32): learner and server would not have equal checksums. Here the ranks are added one by one, and each operation
-    is a kernel of its own, which no compiler can fuse into one that rounds once.
+    is a kernel of its own, which no compiler can fuse into one that rounds once. Tried against NumPy's kernels; no GPU
+    was at hand.
     """
     delta = torch.zeros_like(base)
     for row, column in zip(a, b.T, strict=True):
