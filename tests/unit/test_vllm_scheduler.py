@@ -1,7 +1,8 @@
-"""Rows of a request enter vLLM's batch together."""
+"""Rows of a request enter vLLM's batch together, and log-probabilities leave it with the last token of their row."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from vlarl_ray.inference.vllm_start import together
@@ -19,6 +20,9 @@ def scheduler(monkeypatch):
         self.taken, self.finished = [], []
 
     monkeypatch.setattr(Scheduler, "__init__", init)
+    monkeypatch.setattr(
+        Scheduler, "update_from_output", lambda self, asked, outputs: {0: SimpleNamespace(outputs=outputs)}
+    )
     monkeypatch.setattr(Scheduler, "add_request", lambda self, row: self.taken.append(row.request_id))
     monkeypatch.setattr(Scheduler, "finish_requests", lambda self, *asked: self.finished.append(asked) or [])
     return WholeRequests()
@@ -57,3 +61,42 @@ def test_a_request_that_loses_a_row_does_not_wait_for_it(scheduler, ids):
         None if ids is None else {"a1"},
         RequestStatus.FINISHED_ABORTED,
     )
+
+
+def sampled(name, token, *, finished=False):
+    """What vLLM's scheduler has to say of a row after a step."""
+    from vllm.v1.outputs import LogprobsLists
+
+    logprobs = LogprobsLists(np.array([[token]]), np.array([[-token / 8]]), np.array([token % 3]))
+    return SimpleNamespace(request_id=name, new_token_ids=[token], new_logprobs=logprobs, finished=finished)
+
+
+def sent(scheduler, *outputs):
+    return scheduler.update_from_output(None, list(outputs))[0].outputs
+
+
+def test_every_token_goes_out_at_once_and_log_probabilities_with_the_last(scheduler):
+    for token in (5, 6):
+        steps = sent(scheduler, sampled("a", token), sampled("b", token + 10))
+        assert [step.new_token_ids for step in steps] == [[token], [token + 10]]
+        assert [step.new_logprobs for step in steps] == [None, None]
+    a, b = sent(scheduler, sampled("a", 7, finished=True), sampled("b", 17))
+    assert b.new_logprobs is None
+    ids, logprobs, ranks, _ = a.new_logprobs
+    assert ids.tolist() == [[5], [6], [7]]
+    assert logprobs.tolist() == [[-5 / 8], [-6 / 8], [-7 / 8]]
+    assert ranks.tolist() == [2, 0, 1]
+    [b] = sent(scheduler, sampled("b", 18, finished=True))
+    assert b.new_logprobs.logprob_token_ids.tolist() == [[15], [16], [17], [18]]
+    assert not scheduler._logprobs
+
+
+@pytest.mark.parametrize("ids", ["a", ["a"], None])
+def test_log_probabilities_of_a_row_that_was_given_up_are_forgotten(scheduler, ids):
+    from vllm.v1.request import RequestStatus
+
+    sent(scheduler, sampled("a", 5))
+    scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
+    assert not scheduler._logprobs
+    [again] = sent(scheduler, sampled("a", 6, finished=True))
+    assert again.new_logprobs.logprob_token_ids.tolist() == [[6]]
