@@ -147,3 +147,30 @@ def test_a_loader_that_loads_nothing_is_caught():
     publisher = WeightPublisher(learner, [server], Transport(), probe=PROBE, tolerance=1.0, deadline_s=1.0)
     with pytest.raises(CanaryError, match="loader of server 0: tensor 'head' is missing"):
         publisher.publish(0)
+
+
+def test_the_learner_merges_while_servers_load():
+    learner, server = Learner(), Server()
+    held_when_asked = []
+    server.load = lambda update, load=server.load: replace(load(update), checksums={})
+
+    class Loading(Transport):
+        """Loads last as long as someone waits for them."""
+
+        def call(self, target, method, *args):
+            return (target, args) if method == "load" else super().call(target, method, *args)
+
+        def get(self, handles, *, timeout_s, what):
+            if what != "loading weights":
+                return super().get(handles, timeout_s=timeout_s, what=what)
+            return [target.load(*args) for target, args in handles]
+
+    def expected_checksums(update, dtype, lora):
+        held_when_asked.append(server.held and server.held.version)
+        return {}
+
+    learner.expected_checksums = expected_checksums
+    publisher = WeightPublisher(learner, [server], Loading(), probe=PROBE, tolerance=1.0, deadline_s=1.0)
+    for version in range(3):
+        publisher.publish(version)
+    assert held_when_asked == [0, 0, 1]  # the first time, the server's report says what it loads

@@ -106,8 +106,11 @@ class WeightPublisher:
         """
         reference, num_bytes, digests = self._learner.weight_update(version)
         with self._lock:
+            kinds, fallbacks = list(self._expected), self._fallbacks
             self._published, self._expected = (version, reference, digests), {}
-            fallbacks, loads = self._fallbacks, self._delivery.start(version, reference)
+            loads = self._delivery.start(version, reference)
+            for kind in kinds:  # those of the version before: the learner merges while the servers do
+                self._expected[kind] = self._learner.expected_checksums(reference, *kind)
             reports = [self._finish_load(index, handle) for index, handle in enumerate(loads)]
             self._delivery.end(num_failed=self._fallbacks - fallbacks)
             gap = self._compare_probe(version)
