@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import psutil
 import pytest
@@ -15,33 +14,41 @@ import pytest
 pytest.importorskip("vllm")
 
 import ray
-from ray.exceptions import RayError
 
 from tests.e2e.toy_run import evaluations, numbers, summary
+from vlarl_ray import train
 from vlarl_ray.config_loader import load_config
 from vlarl_ray.launch import run_training
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # a minute on a machine of its own: vLLM starts four times
 
 
-@dataclass
 class Saboteur:
     """Loses the run's server while it answers requests, in each iteration in another way."""
 
-    run_dir: Path
-    is_over: threading.Event = field(default_factory=threading.Event)
-    processes: list[psutil.Process] = field(default_factory=list)
-    """Server and engine of each life."""
-    survivors: list[psutil.Process] = field(default_factory=list)
-    """What was still there of a lost server when its successor answered."""
+    def __init__(self) -> None:
+        self.faults = iter((self.kill_server, self.kill_engine, self.hang_engine))
+        self.background = ThreadPoolExecutor(1)
+        self.done: list[Future[None]] = []
+        self.processes: list[psutil.Process] = []
+        """Server and engine of each life."""
+        self.survivors: list[psutil.Process] = []
+        """What was still there of a lost server when its successor had answered all of an iteration."""
 
-    def work(self) -> None:
-        for iteration, fault in enumerate((self.kill_server, self.kill_engine, self.hang_engine)):
-            server, engine = self.wait_for_rollout(iteration)
-            self.survivors += [process for process in self.processes if _is_alive(process)]
-            self.processes += [server, engine]
-            self.stop_in_a_request(engine)
-            fault(server, engine)
+    def strike(self) -> None:
+        """Stop vLLM's process before the first request of an iteration, and do the next harm when requests wait."""
+        self.survivors += [process for process in self.processes if _is_alive(process)]
+        actor = ray.get_actor("inference-server-0")
+        server = psutil.Process(ray.get(actor.describe.remote(), timeout=60)["pid"])
+        [engine] = [child for child in server.children() if "EngineCore" in " ".join(child.cmdline())]
+        self.processes += [server, engine]
+        engine.suspend()
+        self.done.append(self.background.submit(self.harm, next(self.faults), actor, server, engine))
+
+    def harm(self, fault: Callable[..., None], actor: Any, server: psutil.Process, engine: psutil.Process) -> None:
+        while not ray.get(actor.rows_in_flight.remote(), timeout=60):
+            time.sleep(0.02)
+        fault(server, engine)
 
     def kill_server(self, server: psutil.Process, engine: psutil.Process) -> None:
         server.kill()  # its engine, which is stopped, can do nothing about it
@@ -51,38 +58,6 @@ class Saboteur:
 
     def hang_engine(self, server: psutil.Process, engine: psutil.Process) -> None:
         pass  # it does already
-
-    def wait_for_rollout(self, iteration: int) -> tuple[psutil.Process, psutil.Process]:
-        """Wait until the server answers requests of an iteration; returns it and vLLM's process."""
-        while not self.is_over.wait(0.02):
-            try:
-                if _rows(self.run_dir, "evaluations") and _rows(self.run_dir, "metrics") == iteration:
-                    server = ray.get_actor("inference-server-0")
-                    if ray.get(server.health.remote(), timeout=5) == iteration and _rows_in_flight():
-                        process = psutil.Process(ray.get(server.describe.remote(), timeout=5)["pid"])
-                        [engine] = [child for child in process.children() if "EngineCore" in " ".join(child.cmdline())]
-                        return process, engine
-            except (RayError, ValueError):  # not there yet, or not again
-                pass
-        raise RuntimeError(f"the run ended before iteration {iteration}")
-
-    def stop_in_a_request(self, engine: psutil.Process) -> None:
-        while not self.is_over.wait(0.02):
-            if _rows_in_flight():
-                os.kill(engine.pid, signal.SIGSTOP)
-                time.sleep(0.5)  # what it answered before has arrived by then
-                if _rows_in_flight():
-                    return
-                os.kill(engine.pid, signal.SIGCONT)
-
-
-def _rows_in_flight() -> int:
-    return ray.get(ray.get_actor("inference-server-0").rows_in_flight.remote(), timeout=5)
-
-
-def _rows(run_dir: Path, name: str) -> int:
-    path = run_dir / f"{name}.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -96,17 +71,19 @@ def _is_alive(process: psutil.Process) -> bool:
 def run(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("run")
     overrides = ["--run_dir", str(run_dir), "--num_iterations", "3", "--inference.deadline_s", "20"]
-    saboteur = Saboteur(run_dir)
-    thread = threading.Thread(target=saboteur.work, name="saboteur")
+    saboteur = Saboteur()
+
+    def roll_out(unharmed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        saboteur.strike()
+        return unharmed(*args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        thread.start()
-        try:
-            cfg = load_config("jobs/smoke_vllm.yaml", [*overrides, "--metrics.progress", "false"])
-            assert run_training(cfg, inline=False, resume=False) == 0
-        finally:
-            saboteur.is_over.set()
-            thread.join()
+        patch.setattr(train, "roll_out", partial(roll_out, train.roll_out))
+        cfg = load_config("jobs/smoke_vllm.yaml", [*overrides, "--metrics.progress", "false"])
+        assert run_training(cfg, inline=False, resume=False) == 0
+    for harm in saboteur.done:
+        harm.result(timeout=0)
     return run_dir, saboteur
 
 
