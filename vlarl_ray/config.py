@@ -448,7 +448,7 @@ class InferenceConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; `auto` takes a GPU if the server was given one."""
     deadline_s: PositiveFloat = 60.0
-    """Longest answer or loading of weights (7B from a slow disk: minutes); a server over it is restarted, as if hung."""
+    """Longest answer or loading of weights (7B off a slow disk: minutes); a server over it is taken for hung."""
     weight_transport: str = "object_store"
     """How servers get new adapters and heads: `object_store`, or a broadcast over `gloo` or `nccl` (GPUs, untried)."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
