@@ -68,4 +68,5 @@ class WholeRequests(Scheduler):
 
 def joined(parts: list[LogprobsLists]) -> LogprobsLists:
     """Join the log-probabilities of consecutive tokens of a row."""
-    return LogprobsLists(*(np.concatenate(arrays) for arrays in zip(*(part[:3] for part in parts), strict=True)))
+    ids, logprobs, ranks = (np.concatenate(arrays) for arrays in zip(*(part[:3] for part in parts), strict=True))
+    return LogprobsLists(ids, logprobs, ranks)
