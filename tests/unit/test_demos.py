@@ -146,6 +146,9 @@ def test_noise_gives_further_attempts_from_the_same_states(tmp_path):
     assert len(load_demonstrations(path)) == 60
     with pytest.raises(ValueError, match="action_noise > 0"):
         collect_demonstrations(few_states, DemosConfig(episodes_per_task=60), seed=0, path=tmp_path / "other")
+    hopeless = replace(few_states, max_env_steps=1)
+    with pytest.raises(ValueError, match="0 of 400 attempts .* less demos.action_noise"):
+        collect_demonstrations(hopeless, many, seed=0, path=tmp_path / "other")
 
 
 def test_an_equal_store_is_reused_and_another_one_is_not_overwritten(tmp_path):

@@ -27,7 +27,7 @@ from vlarl_ray.types import TaskSpec
 
 _LOG = logging.getLogger(__name__)
 
-_NOISY_PASSES = 4
+_NOISY_PASSES = 8
 """Times the training initial states are gone through where noise makes every attempt another one."""
 
 
@@ -179,8 +179,9 @@ def _successes(suite: Suite, simulator: SimEnv, settings: dict[str, Any], task_i
                 yield demonstration
             if num_found == wanted:
                 return
+    more = "less demos.action_noise" if noise > 0 else "set demos.action_noise > 0 to try each state several times"
     raise ValueError(
         f"demos.episodes_per_task = {wanted}: the expert of {task_id} succeeded in {num_found} of {num_tried} attempts "
         f"within env.max_env_steps = {settings['max_env_steps']}, from {num_states} training initial states; ask for "
-        "fewer, allow more steps, or set demos.action_noise > 0 to try each state several times."
+        f"fewer, allow more steps, or {more}."
     )
