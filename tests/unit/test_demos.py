@@ -147,7 +147,7 @@ def test_noise_gives_further_attempts_from_the_same_states(tmp_path):
     with pytest.raises(ValueError, match="action_noise > 0"):
         collect_demonstrations(few_states, DemosConfig(episodes_per_task=60), seed=0, path=tmp_path / "other")
     hopeless = replace(few_states, max_env_steps=1)
-    with pytest.raises(ValueError, match="0 of 400 attempts .* less demos.action_noise"):
+    with pytest.raises(ValueError, match=r"0 of 400 attempts .* less demos.action_noise"):
         collect_demonstrations(hopeless, many, seed=0, path=tmp_path / "other")
 
 
