@@ -63,11 +63,13 @@ def test_a_request_that_loses_a_row_does_not_wait_for_it(scheduler, ids):
     )
 
 
-def sampled(name, token, *, finished=False):
-    """What vLLM's scheduler has to say of a row after a step."""
+def sampled(name, token, *, others=(), finished=False):
+    """What vLLM's scheduler has to say of a row after a step; other tokens come in where a row beside it asks so."""
     from vllm.v1.outputs import LogprobsLists
 
-    logprobs = LogprobsLists(np.array([[token]]), np.array([[-token / 8]]), np.array([token % 3]))
+    logprobs = LogprobsLists(
+        np.array([[token, *others]]), np.array([[-each / 8 for each in (token, *others)]]), np.array([token % 3])
+    )
     return SimpleNamespace(request_id=name, new_token_ids=[token], new_logprobs=logprobs, finished=finished)
 
 
@@ -89,6 +91,19 @@ def test_every_token_goes_out_at_once_and_log_probabilities_with_the_last(schedu
     [b] = sent(scheduler, sampled("b", 18, finished=True))
     assert b.new_logprobs.logprob_token_ids.tolist() == [[15], [16], [17], [18]]
     assert not scheduler._logprobs
+
+
+def test_a_row_beside_one_that_asks_for_more_tokens_loses_nothing(scheduler):
+    sent(scheduler, sampled("a", 5))
+    sent(scheduler, sampled("a", 6, others=(40,)))
+    [a] = sent(scheduler, sampled("a", 7, finished=True))
+    ids, logprobs, ranks, _ = a.new_logprobs
+    assert ids.tolist() == [[5], [6], [7]]
+    assert logprobs.tolist() == [[-5 / 8], [-6 / 8], [-7 / 8]]
+    assert len(ranks) == 3
+    sent(scheduler, sampled("b", 5, others=(41, 42)))
+    [b] = sent(scheduler, sampled("b", 6, others=(43, 44), finished=True))
+    assert b.new_logprobs.logprob_token_ids.tolist() == [[5, 41, 42], [6, 43, 44]]
 
 
 @pytest.mark.parametrize("ids", ["a", ["a"], None])

@@ -67,6 +67,14 @@ class WholeRequests(Scheduler):
 
 
 def joined(parts: list[LogprobsLists]) -> LogprobsLists:
-    """Join the log-probabilities of consecutive tokens of a row."""
-    ids, logprobs, ranks = (np.concatenate(arrays) for arrays in zip(*(part[:3] for part in parts), strict=True))
-    return LogprobsLists(ids, logprobs, ranks)
+    """Join the log-probabilities of consecutive tokens of a row.
+
+    Their first column is of the sampled token. How many others there are depends on all rows of a step, not only on
+    this one; only columns that each step has were asked for.
+    """
+    width = min(part.logprobs.shape[1] for part in parts)
+    return LogprobsLists(
+        np.concatenate([part.logprob_token_ids[:, :width] for part in parts]),
+        np.concatenate([part.logprobs[:, :width] for part in parts]),
+        np.concatenate([part.sampled_token_ranks for part in parts]),
+    )
