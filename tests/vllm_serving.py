@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from tests.small_openvla import INSTRUCTIONS, tiny
@@ -45,6 +46,12 @@ def make_publisher(engine: Any, learner: Learner, *, tolerance: float = 1e-4) ->
     )
     group, transport = LearnerGroup([learner], LocalTransport(), deadline_s=60.0), LocalTransport()
     return WeightPublisher(group, [engine], transport, probe=probe, tolerance=tolerance, deadline_s=60.0)
+
+
+def engine_processes() -> list[psutil.Process]:
+    """vLLM's processes, of engines that run in this one."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
 
 
 def train(learner: Learner, seed: int) -> None:

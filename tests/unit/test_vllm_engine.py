@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +18,17 @@ from safetensors.torch import load_file
 from tests.broadcasts import Rank, Server, broadcasting_publisher
 from tests.small_openvla import tiny
 from tests.vllm_faults import DROPPED, SWAPPED
-from tests.vllm_serving import DEVICE, SCALE, gap, make_learner, make_publisher, make_request, save_served_policy, train
+from tests.vllm_serving import (
+    DEVICE,
+    SCALE,
+    engine_processes,
+    gap,
+    make_learner,
+    make_publisher,
+    make_request,
+    save_served_policy,
+    train,
+)
 from vlarl_ray.config import InferenceConfig, VllmConfig
 from vlarl_ray.inference.base import EngineLostError, WrongVersionError
 from vlarl_ray.inference.torch_server import TorchEngine
@@ -187,8 +198,9 @@ def test_an_update_that_was_broadcast_is_the_one_from_the_object_store(engine, l
         with pytest.raises(CanaryError, match=r"version 26, server 0: tensor '\S+' differs"):
             broadcasting.publish(26)
         return
-    metrics = broadcasting.publish(26)
-    assert (server.received, server.loaded) == (1, 0)
+    broadcasting.publish(26)
+    metrics = broadcasting.publish(26)  # from the second on, the learner merges while servers receive
+    assert (server.received, server.loaded) == (2, 0)
     assert server.report.checksums == by_store != {}
     assert metrics["publish/bytes"] == learner.weight_update(26).num_bytes
     assert metrics["canary/max_abs_logprob_diff"] < 1e-4
@@ -303,10 +315,17 @@ def test_an_engine_whose_process_died_says_so(engine, learner, publisher):
     """The last test: nothing works after it."""
     publisher.publish(50)
     assert engine.health() == 50
+    processes = engine_processes()
+    for process in processes:
+        process.suspend()  # so that all are on their way
     waiting = engine.act(make_request(40, version=50))
-    for child in psutil.Process().children(recursive=True):
-        if "EngineCore" in child.name() or any("EngineCore" in word for word in child.cmdline()):
-            child.kill()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(engine.health)
+        time.sleep(0.5)
+        for process in processes:
+            process.kill()
+        with pytest.raises(EngineLostError):
+            asked.result(timeout=60)
     with pytest.raises(EngineLostError):
         waiting.result(timeout=60)
     for ask in (engine.health, lambda: engine.sample(make_request(1, version=50))):

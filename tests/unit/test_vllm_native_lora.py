@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.vllm_faults import CHANGED, DROPPED, SWAPPED
-from tests.vllm_serving import DEVICE, gap, make_learner, make_publisher, make_request, save_served_policy, train
+from tests.vllm_serving import (
+    DEVICE,
+    engine_processes,
+    gap,
+    make_learner,
+    make_publisher,
+    make_request,
+    save_served_policy,
+    train,
+)
 from vlarl_ray.config import InferenceConfig, LoraConfig, VllmConfig
+from vlarl_ray.inference.base import EngineLostError, WrongVersionError
 from vlarl_ray.inference.vllm_lora import lora_request
 from vlarl_ray.weights.canary import CanaryError, update_digests
 
@@ -145,3 +157,22 @@ def test_an_engine_that_could_not_serve_all_adapters_does_not_start(folder):
         VllmEngine(folder, cfg, deterministic=False, lora=LoraConfig())
     with pytest.raises(ValueError, match="must be told the adapters' rank and layers"):
         VllmEngine(folder, cfg, deterministic=False)
+
+
+def test_an_engine_whose_process_dies_while_it_loads_says_so(engine, learner):
+    """The last test: nothing works after it."""
+    engine.load(learner.weight_update(50))
+    processes = engine_processes()
+    for process in processes:
+        process.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(engine.load, learner.weight_update(51))
+        while engine.version is not None:  # nobody is served by then
+            time.sleep(0.02)
+        time.sleep(0.5)
+        for process in processes:
+            process.kill()
+        with pytest.raises(EngineLostError):
+            loading.result(timeout=60)
+    with pytest.raises(WrongVersionError):  # and not kept waiting at the gate
+        engine.sample(make_request(1, version=50))

@@ -13,7 +13,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +40,7 @@ from vlarl_ray.weights.update import LoadReport, WeightUpdate
 _LOG = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 2.0
+_DEATH_POLL_S = 0.5
 _WORKER_CLASSES = {
     "merged": "vlarl_ray.inference.vllm_worker.UpdateLoading",
     "native": "vlarl_ray.inference.vllm_lora.AdapterLoading",
@@ -137,7 +138,7 @@ class VllmEngine:
         tolerance: float,
     ) -> str:
         """Find out why scores are not the expected ones: a cache that outlived its weights, or wrong layers."""
-        return self._run(self._diagnose(request, tokens, expected, tolerance))
+        return self._run(self._unless_lost(self._diagnose(request, tokens, expected, tolerance)))
 
     def health(self) -> int | None:
         """Return the version in place, after a round trip to vLLM's process.
@@ -208,7 +209,7 @@ class VllmEngine:
             self._forget_update()
             self._update_file = await asyncio.to_thread(nameless_file, update)
             with _lost_engines_named():
-                reports = await self._replace_weights(update.version)
+                reports = await self._unless_lost(self._replace_weights(update.version))
             for rank, report in enumerate(reports[1:], start=1):
                 where = f"loader of vLLM worker {rank}, against that of worker 0"
                 compare_digests(reports[0]["checksums"], report["checksums"], where=where, version=update.version)
@@ -235,7 +236,8 @@ class VllmEngine:
             await self._engine.reset_encoder_cache()
             await self._engine.update_weight_version(str(version))
         finally:
-            await self._engine.resume_generation()
+            if not self._engine.errored:
+                await self._engine.resume_generation()
         return reports
 
     async def _ask_workers(self, method: str) -> list[Any]:
@@ -264,7 +266,7 @@ class VllmEngine:
 
     async def _health(self) -> int | None:
         with _lost_engines_named():
-            await self._engine.get_weight_version()
+            await self._unless_lost(self._engine.get_weight_version())
         return self.version
 
     async def _logprobs(self, request: ActRequest, tokens: np.ndarray) -> np.ndarray:
@@ -272,6 +274,18 @@ class VllmEngine:
             check_version(self.version, request)
             with _lost_engines_named():
                 return await self._rows.scored(request, tokens)
+
+    async def _unless_lost(self, work: Awaitable[Result]) -> Result:
+        """Wait for what vLLM's process is asked to do; vLLM itself waits for ever if the process dies meanwhile."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=_DEATH_POLL_S)
+                if self._engine.errored and not task.done():
+                    raise EngineLostError("vLLM's engine process is gone: it did not finish what it was asked to do.")
+            return task.result()
+        finally:
+            task.cancel()
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
