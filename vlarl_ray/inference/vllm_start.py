@@ -119,6 +119,7 @@ def _set_environment(cfg: InferenceConfig) -> None:
     """What vLLM reads from the environment, as it is imported and in its processes."""
     os.environ["OMP_NUM_THREADS"] = str(cfg.num_threads)  # without it each process takes all cores
     os.environ[ENGINE_OF] = str(os.getpid())
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # vLLM would take it in place of what the config says, unseen
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if cfg.vllm.enforce_eager:
