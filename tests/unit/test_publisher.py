@@ -54,7 +54,13 @@ class Server:
         return scores(self.held) + ("wrong" in self.faults)
 
     def diagnose(self, request, tokens, expected, tolerance):
+        if "diagnose" in self.faults:
+            raise Exception("vLLM's own")
         return ""
+
+    def health(self):
+        self._call("health")
+        return self.held and self.held.version
 
     def _call(self, name):
         if name in self.faults:
@@ -125,6 +131,23 @@ def test_a_restarted_server_that_is_lost_again_is_given_the_version_in_force_onc
     assert server.held.version == 5
 
 
+def test_a_server_that_was_being_loaded_when_it_was_asked_is_left_alone():
+    server = Server()
+    publisher, keeper = make_publisher(server)
+    publisher.publish(5)
+    publisher.republish(0)
+    assert (server.loads, keeper.restarts) == (1, 0)
+    server.faults.append("health")  # gone since
+    publisher.republish(0)
+    assert (server.loads, keeper.restarts) == (2, 1)
+
+
+def test_a_server_that_cannot_say_what_is_wrong_hides_nothing():
+    publisher, _ = make_publisher(Server("wrong", "diagnose"))
+    with pytest.raises(CanaryError, match="the served weights are not version 0"):
+        publisher.publish(0)
+
+
 def test_a_server_with_wrong_weights_is_not_given_another_chance():
     publisher, keeper = make_publisher(Server("wrong"))
     with pytest.raises(CanaryError, match="the served weights are not version 0"):
@@ -134,6 +157,7 @@ def test_a_server_with_wrong_weights_is_not_given_another_chance():
     publisher, keeper = make_publisher(server)
     publisher.publish(1)
     server.faults.append("wrong")
+    server.held = None
     with pytest.raises(CanaryError, match="server 0, restarted"):
         publisher.republish(0)
     assert keeper.restarts == 0

@@ -125,17 +125,27 @@ class WeightPublisher:
     def republish(self, index: int) -> None:
         """Give the weights in force to one server that has none, as after a restart; nothing while `publish` runs.
 
+        It is asked once more, as what it answered earlier may be of a moment at which `publish` loaded it.
+
         Raises:
             CanaryError: If the server does not hold what was sent.
         """
         if self._published is None or not self._lock.acquire(blocking=False):
             return
         try:
+            if self._holds(index, self._published[0]):
+                return
             self._finish_load(index, self._transport.call(self._servers[index], "load", self._published[1]))
             answer = self._finish_probe(index, self._ask_probe(index))
             self._compare(index, answer, where=f"server {index}, restarted")
         finally:
             self._lock.release()
+
+    def _holds(self, index: int, version: int) -> bool:
+        try:
+            return self._get(self._transport.call(self._servers[index], "health"), "asking for its version") == version
+        except _LOST:  # it will fail in the same way when it loads
+            return False
 
     def _finish_load(self, index: int, handle: Any) -> LoadReport:
         """Wait for a server's report and check it.
@@ -184,6 +194,7 @@ class WeightPublisher:
     def _revive(self, index: int, error: Exception) -> None:
         if self._keeper is None or isinstance(error, CanaryError):
             raise error
+        _LOG.warning("server %d failed in a publication (%s: %s)", index, type(error).__name__, error)
         self._keeper.revive(index)
 
     def _compare_probe(self, version: int) -> float:
@@ -203,7 +214,7 @@ class WeightPublisher:
             try:
                 asked = self._transport.call(self._servers[index], "diagnose", *question)
                 [found] = self._transport.get([asked], timeout_s=self._deadline_s, what="finding out what is wrong")
-            except (RuntimeError, TimeoutError) as failure:
+            except Exception as failure:  # noqa: BLE001 - whatever it is, it must not hide that weights are wrong
                 _LOG.warning("%s cannot say what is wrong: %s", where, failure)
                 raise error from None
             raise (CanaryError(f"{error} Found: {found}.") if found else error) from None
