@@ -12,15 +12,21 @@ from typing import Any
 
 import yaml
 
+import vlarl_ray
 from vlarl_ray.summary import describe_machine, installed_versions
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def current_commit() -> str:
-    """Commit of the working tree."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """Commit of the package that is measured; `+` after it where files of it were changed since."""
+    source = Path(vlarl_ray.__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=source, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("rev-parse", "HEAD") or "unknown"
+    return f"{commit}+" if git("status", "--porcelain", "--untracked-files=no", ".") else commit
 
 
 def setup_digest(preset: str, overrides: Sequence[Any] = ()) -> str:

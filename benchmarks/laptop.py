@@ -66,10 +66,10 @@ def preset_digest() -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-def note_origin(folder: Path) -> None:
+def note_origin(folder: Path, **more: str) -> None:
     """Record, when a run begins, what it is made with."""
     folder.mkdir(parents=True, exist_ok=True)
-    origin = {"commit": current_commit(), "machine": describe_machine(), "versions": installed_versions()}
+    origin = {**more, "commit": current_commit(), "machine": describe_machine(), "versions": installed_versions()}
     (folder / ORIGIN).write_text(json.dumps(origin))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._results import read_result, setup_digest, write_result
-from benchmarks.laptop import is_finished, note_origin, read_json, read_run, show, vlarl
+from benchmarks.laptop import ORIGIN, is_finished, note_origin, read_json, read_run, show, vlarl
 from vlarl_ray.metrics.logger import read_jsonl
 
 PRESET = "jobs/laptop_vllm.yaml"
@@ -58,10 +58,12 @@ def main() -> None:
 
 
 def run(folder: Path, *settings: Any) -> None:
-    """Run the preset, unless that was done."""
+    """Run the preset, unless that was done; a folder of another version of it is refused."""
+    digest, resume = setup_digest(PRESET), ["--resume"] if folder.exists() else []
+    if resume and read_json(folder / ORIGIN).get("preset") != digest:
+        raise SystemExit(f"{folder} is a run of another {PRESET}; move it away, or name another --folder.")
     if not is_finished(folder):
-        resume = ["--resume"] if folder.exists() else []
-        note_origin(folder)
+        note_origin(folder, preset=digest)
         vlarl("train", PRESET, "--run-dir", folder, *settings, *resume)
 
 
@@ -77,7 +79,7 @@ def collect(folder: Path, seeds: list[int]) -> dict[str, Any]:
         if found:
             rows = read_jsonl(folder / f"vllm-seed{seed}" / "metrics.jsonl")
             pace = {name: round(statistics.median(row[name] for row in rows), 2) for name in PACE}
-            figures["learning through vLLM"][f"seed {seed}"] = {"preset": digest, **found, "median": pace}
+            figures["learning through vLLM"][f"seed {seed}"] = {**found, "median": pace}
         elif kept.get("preset") == digest:
             figures["learning through vLLM"][f"seed {seed}"] = kept
     for engine in ENGINES:
@@ -86,8 +88,7 @@ def collect(folder: Path, seeds: list[int]) -> dict[str, Any]:
             # the first iteration of each warms up
             rows = [row for path in folders for row in read_jsonl(path / "metrics.jsonl")[1:]]
             medians = {name: round(statistics.median(row[name] for row in rows), 2) for name in PACE}
-            origin = read_json(folders[0] / "benchmark_origin.json")
-            figures["pace"][engine] = {"preset": digest, "iterations": len(rows), **medians, **origin}
+            figures["pace"][engine] = {"iterations": len(rows), **medians, **read_json(folders[0] / ORIGIN)}
         elif earlier.get("pace", {}).get(engine, {}).get("preset") == digest:
             figures["pace"][engine] = earlier["pace"][engine]
     return figures
