@@ -182,14 +182,14 @@ def condensed(row: dict[str, Any]) -> dict[str, Any]:
 def show(figures: dict[str, Any]) -> None:
     for part, seeds in figures.items():
         for seed, figure in seeds.items():
-            for label in ("warm_start", "final", "evaluate"):
+            for label in ("warm_start", "final", "evaluate", "other_starts"):
                 if label in figure:
                     row = figure[label]
                     tasks = ", ".join(f"{task} {rate:.2f}" for task, (rate, _) in row["per_task"].items())
                     steps = row["steps_to_success"]
                     interval = f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
                     steps = None if steps is None else round(steps, 1)
-                    print(f"{part:9} {seed} {label:10} {row['success_rate']:.3f} {interval} steps {steps} ({tasks})")
+                    print(f"{part:9} {seed} {label:12} {row['success_rate']:.3f} {interval} steps {steps} ({tasks})")
 
 
 if __name__ == "__main__":

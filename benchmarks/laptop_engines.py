@@ -1,8 +1,9 @@
 """The laptop trio decoded token by token: learning through vLLM over seeds, and its pace beside the PyTorch engine's.
 
-`rl`: the whole preset `jobs/laptop_vllm.yaml` for each seed (demonstrations, warm start, evaluation, RL, evaluation).
-`pace`: both engines in turn run a few iterations from the first seed's warm start, learning as they would. Finished
-runs are kept and skipped; a run that was interrupted resumes.
+`rl`: the whole preset `jobs/laptop_vllm.yaml` for each seed (demonstrations, warm start, evaluation, RL, evaluation),
+and an evaluation of what came of it on 150 further starts, which had no part in how the preset was chosen.
+`pace`: both engines in turn run a few iterations from the first seed's warm start, learning as they would.
+Finished runs are kept and skipped; a run that was interrupted resumes.
 
     python -m benchmarks.laptop_engines [--seeds 0 1 2] [--parts rl pace] [--folder runs/benchmark-laptop-engines]
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._results import read_result, setup_digest, write_result
-from benchmarks.laptop import ORIGIN, is_finished, note_origin, read_json, read_run, show, vlarl
+from benchmarks.laptop import ORIGIN, condensed, is_finished, note_origin, read_json, read_run, show, vlarl
 from vlarl_ray.metrics.logger import read_jsonl
 
 PRESET = "jobs/laptop_vllm.yaml"
@@ -25,6 +26,7 @@ ENGINES = {
         "--inference.engine", "torch", "--inference.vllm.kv_cache_bytes", "null", "--inference.batch_size", 30,
     ),
 }  # fmt: skip
+OTHER_STARTS = ("--env.eval_seed", 2042)
 PACE_TURNS, PACE_ITERATIONS = 2, 8
 PACE = (
     "throughput/decisions_per_s",
@@ -43,7 +45,11 @@ def main() -> None:
     args = parser.parse_args()
     if "rl" in args.parts:
         for seed in args.seeds:
-            run(args.folder / f"vllm-seed{seed}", "--seed", seed)
+            folder = args.folder / f"vllm-seed{seed}"
+            run(folder, "--seed", seed)
+            if not (elsewhere := other_starts(folder)).exists():
+                policy = ("--policy", folder / "policy_final", "--run-dir", elsewhere.parent)
+                vlarl("evaluate", PRESET, *policy, *OTHER_STARTS, "--seed", seed)
     if "pace" in args.parts:
         policy = args.folder / f"vllm-seed{args.seeds[0]}" / "policy"
         for turn in range(PACE_TURNS):
@@ -55,6 +61,11 @@ def main() -> None:
     for engine, pace in figures["pace"].items():
         print(engine, pace)
     print("wrote", write_result("laptop_engines", figures))
+
+
+def other_starts(folder: Path) -> Path:
+    """Where the evaluation of a run's policy on further starts is."""
+    return folder.with_name(f"{folder.name}-other-starts") / "evaluation-0.json"
 
 
 def run(folder: Path, *settings: Any) -> None:
@@ -74,12 +85,13 @@ def collect(folder: Path, seeds: list[int]) -> dict[str, Any]:
     learned = earlier.get("learning through vLLM", {})
     known = {int(name.removeprefix("seed ")) for name in learned}
     for seed in sorted(known.union(seeds)):
-        found = read_run(folder / f"vllm-seed{seed}", final=True)
-        kept = learned.get(f"seed {seed}", {})
-        if found:
-            rows = read_jsonl(folder / f"vllm-seed{seed}" / "metrics.jsonl")
-            pace = {name: round(statistics.median(row[name] for row in rows), 2) for name in PACE}
-            figures["learning through vLLM"][f"seed {seed}"] = {**found, "median": pace}
+        path, kept = folder / f"vllm-seed{seed}", learned.get(f"seed {seed}", {})
+        found = read_run(path, final=True) if other_starts(path).exists() else None
+        if found and found.get("preset") == digest:
+            rows = read_jsonl(path / "metrics.jsonl")
+            found["other_starts"] = condensed(read_json(other_starts(path)))
+            found["median"] = {name: round(statistics.median(row[name] for row in rows), 2) for name in PACE}
+            figures["learning through vLLM"][f"seed {seed}"] = found
         elif kept.get("preset") == digest:
             figures["learning through vLLM"][f"seed {seed}"] = kept
     for engine in ENGINES:
