@@ -87,12 +87,18 @@ def other_starts(folder: Path) -> Path:
 
 def run(folder: Path, *settings: Any) -> None:
     """Run the preset, unless that was done; a folder of another version of it is refused."""
-    digest, resume = setup_digest(PRESET), ["--resume"] if folder.exists() else []
-    if resume and read_json(folder / ORIGIN).get("preset") != digest:
-        raise SystemExit(f"{folder} is a run of another {PRESET}; move it away, or name another --folder.")
+    resume = ["--resume"] if folder.exists() else []
+    if resume and not is_of_preset(folder):
+        raise SystemExit(f"{folder} is no run of this {PRESET}; move it away, or name another --folder.")
     if not is_finished(folder):
-        note_origin(folder, preset=digest)
+        note_origin(folder, preset=setup_digest(PRESET))
         vlarl("train", PRESET, "--run-dir", folder, *settings, *resume)
+
+
+def is_of_preset(folder: Path) -> bool:
+    """Whether a folder holds a run of the preset as it is now."""
+    origin = folder / ORIGIN
+    return origin.exists() and read_json(origin).get("preset") == setup_digest(PRESET)
 
 
 def collect(folder: Path, seeds: list[int]) -> dict[str, Any]:
@@ -103,8 +109,8 @@ def collect(folder: Path, seeds: list[int]) -> dict[str, Any]:
     known = {int(name.removeprefix("seed ")) for name in learned}
     for seed in sorted(known.union(seeds)):
         path, name = folder / f"vllm-seed{seed}", f"seed {seed}"
-        found = read_run(path, final=True) if other_starts(path).exists() else None
-        if found and found.get("preset") == digest:
+        found = read_run(path, final=True) if is_of_preset(path) and other_starts(path).exists() else None
+        if found:
             rows = read_jsonl(path / "metrics.jsonl")
             found["other_starts"] = condensed(read_json(other_starts(path)))
             found["median"] = {key: round(statistics.median(row[key] for row in rows), 2) for key in PACE}
@@ -116,7 +122,7 @@ def collect(folder: Path, seeds: list[int]) -> dict[str, Any]:
             figures["shuffled rewards"][name] = control
     for engine in ENGINES:
         folders = [folder / f"pace-{engine}-{turn}" for turn in range(PACE_TURNS)]
-        if all(map(is_finished, folders)):
+        if all(is_of_preset(path) and is_finished(path) for path in folders):
             # the first iteration of each warms up
             rows = [row for path in folders for row in read_jsonl(path / "metrics.jsonl")[1:]]
             medians = {name: round(statistics.median(row[name] for row in rows), 2) for name in PACE}

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # a minute on a machin
 
 
 class Saboteur:
-    """Loses the run's server while it answers requests, in each iteration in another way."""
+    """Loses the run's server while requests wait for it, in each iteration in another way."""
 
     def __init__(self) -> None:
         self.faults = iter((self.kill_server, self.kill_engine, self.hang_engine))

