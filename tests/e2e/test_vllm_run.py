@@ -20,7 +20,7 @@ from vlarl_ray import train
 from vlarl_ray.config_loader import load_config
 from vlarl_ray.launch import run_training
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # a minute on a machine of its own: vLLM starts four times
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # two minutes on two cores: vLLM starts four times
 
 
 class Saboteur:
